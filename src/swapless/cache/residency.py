@@ -1,0 +1,68 @@
+"""Which expert sits in which slot: plain arrays, shared by replay and engine, changed only by ``cache/serve.py``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Residency(NamedTuple):
+    """Slots of all pools; slots of pool p are ``pool_start[p] .. pool_start[p + 1] - 1``.
+
+    ``slot_of_key`` int32 (L*E,), -1 = not resident. ``key_of_slot`` int32 (slots,), -1 = free. ``pool_of_layer`` int32 (L,).
+    ``free_slots`` holds each pool's free slots as a stack that begins at ``pool_start[p]`` with ``free_count[p]`` entries.
+    ``pinned`` int64 (slots,): the clock of the demand set that must not lose the slot. ``used_in_decode`` uint8 (slots,):
+    whether decode has asked for the slot's expert; prefill never evicts such a one. ``clock`` int64 (1,).
+    ``demand_sets`` int64 (L,): demand sets served a MoE layer, which in decode are its tokens.
+    """
+
+    slot_of_key: np.ndarray
+    key_of_slot: np.ndarray
+    pool_of_layer: np.ndarray
+    pool_start: np.ndarray
+    free_slots: np.ndarray
+    free_count: np.ndarray
+    pinned: np.ndarray
+    used_in_decode: np.ndarray
+    clock: np.ndarray
+    demand_sets: np.ndarray
+
+
+def empty_residency(
+    num_moe_layers: int, num_experts: int, pool_of_layer: Sequence[int], pool_slots: Sequence[int]
+) -> Residency:
+    """All slots free. ``pool_of_layer`` names the pool of each MoE layer, ``pool_slots`` the slots of each pool."""
+    start = np.zeros(len(pool_slots) + 1, np.int32)
+    start[1:] = np.cumsum(pool_slots)
+    slots = int(start[-1])
+    # Stacks are filled so that the lowest slot is handed out first.
+    free = np.empty(slots, np.int32)
+    for first, end in pairwise(start):
+        free[first:end] = np.arange(end - 1, first - 1, -1)
+    return Residency(
+        slot_of_key=np.full(num_moe_layers * num_experts, -1, np.int32),
+        key_of_slot=np.full(slots, -1, np.int32),
+        pool_of_layer=np.asarray(pool_of_layer, np.int32),
+        pool_start=start,
+        free_slots=free,
+        free_count=np.asarray(pool_slots, np.int32).copy(),
+        pinned=np.full(slots, -1, np.int64),
+        used_in_decode=np.zeros(slots, np.uint8),
+        clock=np.zeros(1, np.int64),
+        demand_sets=np.zeros(num_moe_layers, np.int64),
+    )
+
+
+def layer_pools(num_moe_layers: int, num_experts: int, slots: int) -> tuple[list[int], list[int]]:
+    """Pools for ``slots`` slots in all: equal quotas a MoE layer, or one shared pool where a layer would get none.
+
+    Returns ``pool_of_layer`` and ``pool_slots``. A layer never gets more than its E experts; slots left over by the
+    division go to the first layers.
+    """
+    if slots < num_moe_layers:
+        return [0] * num_moe_layers, [slots]
+    quota, left = divmod(min(slots, num_moe_layers * num_experts), num_moe_layers)
+    return list(range(num_moe_layers)), [quota + (moe_layer < left) for moe_layer in range(num_moe_layers)]

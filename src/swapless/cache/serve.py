@@ -1,0 +1,199 @@
+"""Serve one demand set from the cache: judge, evict, assign slots. The one loop behind both replay and engine.
+
+Token at once: all distinct experts of the demand set are judged on the state before it, and all are pinned while it is
+served. Where the set does not fit into its pool, it is cut into waves: the experts of a later wave may take the slots of an
+earlier one, residents first. Prefill takes free slots and those that decode never used; what finds none is *streamed*
+(slot -1): read, used once, and forgotten.
+"""
+
+# Compiled code: numba needs plain signatures, and annotations would say no more than the docstrings do.
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from numba import njit
+
+from swapless.cache.policy import Policy, admit, on_access, on_evict, on_insert, victim
+from swapless.cache.residency import Residency, empty_residency
+from swapless.notation import Phase
+
+_PREFILL = int(Phase.PREFILL)
+STREAMED = -1
+
+
+@njit(cache=True, nogil=True)
+def demand_order(ids: Any, num_experts: int, distinct: Any, tokens: Any) -> int:
+    """Distinct experts of ``ids`` (any shape, flattened), most used first, then by lower id.
+
+    Writes them to ``distinct`` and their uses to ``tokens`` (both int32 of length >= E); returns how many. Ids outside
+    [0, E) stand for no expert and are passed over.
+    """
+    count = np.zeros(num_experts, np.int32)
+    for expert in ids.flat:
+        if 0 <= expert < num_experts:
+            count[expert] += 1
+    n = 0
+    most = 0
+    for expert in range(num_experts):
+        if count[expert] > 0:
+            distinct[n] = expert
+            n += 1
+            most = max(most, count[expert])
+    if most > 1:
+        order = np.argsort(-count[distinct[:n]], kind="mergesort")
+        distinct[:n] = distinct[:n][order].copy()
+    for i in range(n):
+        tokens[i] = count[distinct[i]]
+    return n
+
+
+@njit(cache=True, nogil=True)
+def serve(
+    state: Any,
+    residency: Any,
+    moe_layer: int,
+    num_experts: int,
+    experts: Any,
+    phase: int,
+    hit: Any,
+    slot: Any,
+    wave: Any,
+    evicted: Any,
+) -> int:
+    """Serve the distinct ``experts`` of one demand set, in order of importance.
+
+    Writes for each whether it ``hit`` (uint8), its ``slot`` (int32, -1 = streamed), its ``wave`` (int32) and the key it
+    ``evicted`` (int32, -1 = none); returns the number of waves. State and residency change.
+    """
+    pool = residency.pool_of_layer[moe_layer]
+    first, end = residency.pool_start[pool], residency.pool_start[pool + 1]
+    residency.clock[0] += 1
+    residency.demand_sets[moe_layer] += 1
+    clock = residency.clock[0]
+    base = moe_layer * num_experts
+    n = len(experts)
+    for i in range(n):
+        s = residency.slot_of_key[base + experts[i]]
+        hit[i] = s >= 0
+        slot[i] = s
+        wave[i] = 0
+        evicted[i] = -1
+        if s >= 0:
+            residency.pinned[s] = clock
+            if phase != _PREFILL:
+                residency.used_in_decode[s] = 1
+    # The most important expert is touched last, so that recency agrees with importance.
+    for i in range(n - 1, -1, -1):
+        on_access(state, residency, pool, base + experts[i], hit[i] != 0, clock, phase)
+    if phase == _PREFILL:
+        for s in range(first, end):
+            if residency.used_in_decode[s]:
+                residency.pinned[s] = clock
+    waves = 1
+    for i in range(n):
+        if hit[i]:
+            continue
+        key = base + experts[i]
+        s = np.int32(-1)
+        if residency.free_count[pool] > 0:
+            residency.free_count[pool] -= 1
+            s = residency.free_slots[first + residency.free_count[pool]]
+        elif admit(state, residency, pool, key, clock, phase):
+            s = np.int32(victim(state, residency, pool, clock))
+            if s < 0 and phase != _PREFILL and end > first:
+                waves += 1
+                residency.clock[0] += 1
+                clock = residency.clock[0]
+                s = np.int32(victim(state, residency, pool, clock))
+            if s >= 0:
+                old = residency.key_of_slot[s]
+                residency.slot_of_key[old] = -1
+                evicted[i] = old
+                on_evict(state, residency, pool, old, clock)
+        wave[i] = waves - 1
+        slot[i] = s
+        if s >= 0:
+            residency.slot_of_key[key] = s
+            residency.key_of_slot[s] = key
+            residency.pinned[s] = clock
+            residency.used_in_decode[s] = phase != _PREFILL
+            on_insert(state, residency, pool, key, clock, phase)
+    return waves
+
+
+class Served(NamedTuple):
+    """What one demand set got; views into the cache's own buffers, valid until the next request.
+
+    ``experts`` int32 (n,) most important first, ``tokens`` int32 (n,) uses of each, ``hit`` uint8 (n,), ``slot`` int32 (n,)
+    with -1 = streamed, ``wave`` int32 (n,), ``waves`` their number.
+    """
+
+    experts: np.ndarray
+    tokens: np.ndarray
+    hit: np.ndarray
+    slot: np.ndarray
+    wave: np.ndarray
+    waves: int
+
+
+class ExpertCache:
+    """Residency and policy of one running model: what the engine holds.
+
+    Parameters
+    ----------
+    policy : Policy
+        Decides who goes; its state is built here and belongs to this cache.
+    num_moe_layers, num_experts : int
+        L and E.
+    pool_of_layer, pool_slots : sequence of int
+        Pool of each MoE layer, and slots of each pool (see :func:`~swapless.cache.residency.layer_pools`).
+    """
+
+    def __init__(
+        self, policy: Policy, num_moe_layers: int, num_experts: int, pool_of_layer: list[int], pool_slots: list[int]
+    ) -> None:
+        self.policy = policy
+        self.num_moe_layers = num_moe_layers
+        self.num_experts = num_experts
+        self.pool_of_layer = pool_of_layer
+        self.pool_slots = pool_slots
+        self._buffers = [np.empty(num_experts, np.int32) for _ in range(5)]
+        self._hit = np.empty(num_experts, np.uint8)
+        self.reset()
+
+    def reset(self) -> None:
+        """Empty the cache and start the policy afresh."""
+        self.residency: Residency = empty_residency(self.num_moe_layers, self.num_experts, self.pool_of_layer, self.pool_slots)
+        self._state = self.policy.state(self.num_moe_layers, self.num_experts, len(self.pool_slots))
+
+    def request(self, moe_layer: int, ids: np.ndarray, phase: Phase) -> Served:
+        """Serve the experts of ``ids`` (int64, any shape; ids outside [0, E) stand for none). Changes the cache."""
+        distinct, tokens, slot, wave, evicted = self._buffers
+        n = demand_order(ids, self.num_experts, distinct, tokens)
+        experts = distinct[:n]
+        waves = serve(
+            self._state, self.residency, moe_layer, self.num_experts, experts, int(phase), self._hit, slot, wave, evicted
+        )
+        return Served(experts, tokens[:n], self._hit[:n], slot[:n], wave[:n], waves)
+
+    def forget(self, moe_layer: int, experts: np.ndarray) -> None:
+        """Drop experts whose bytes never arrived, so that a failed read leaves no slot that lies."""
+        residency = self.residency
+        for expert in experts:
+            key = moe_layer * self.num_experts + int(expert)
+            slot = int(residency.slot_of_key[key])
+            if slot < 0:
+                continue
+            pool = int(residency.pool_of_layer[moe_layer])
+            residency.slot_of_key[key] = -1
+            residency.key_of_slot[slot] = -1
+            residency.used_in_decode[slot] = 0
+            residency.free_slots[residency.pool_start[pool] + residency.free_count[pool]] = slot
+            residency.free_count[pool] += 1
+            _evicted(self._state, residency, pool, key)
+
+
+@njit(cache=True)
+def _evicted(state: Any, residency: Any, pool: int, key: int) -> None:
+    on_evict(state, residency, pool, key, residency.clock[0])
