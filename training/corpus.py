@@ -74,9 +74,7 @@ class WindowSampler:
     domain. Each pass over a domain uses another window order and another offset, both derived from (seed, domain, pass).
     """
 
-    def __init__(
-        self, streams: dict[str, np.ndarray], *, rows: int, window_tokens: int, power: float, seed: int
-    ) -> None:
+    def __init__(self, streams: dict[str, np.ndarray], *, rows: int, window_tokens: int, power: float, seed: int) -> None:
         for domain, stream in streams.items():
             if len(stream) < 2 * (window_tokens + 1):
                 raise ValueError(

@@ -141,9 +141,7 @@ class Trainer:
         state = torch.load(path, weights_only=True)
         if state["recipe"] != asdict(self.recipe):
             changed = sorted(k for k, v in asdict(self.recipe).items() if state["recipe"].get(k) != v)
-            raise ValueError(
-                f"{path} was written by another recipe (differs in {', '.join(changed)}). Use a new run folder."
-            )
+            raise ValueError(f"{path} was written by another recipe (differs in {', '.join(changed)}). Use a new run folder.")
         self.model.load_state_dict(state["model"])
         self._optimiser.load_state_dict(state["optimiser"])
         torch.set_rng_state(state["torch_rng"])
@@ -216,20 +214,14 @@ def show_progress(trainer: Trainer, figures: dict[str, float]) -> None:
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--corpus", type=Path, required=True, help="Parquet file with columns domain, source, licence, text"
-    )
-    parser.add_argument(
-        "--run", type=Path, default=Path("out/embedded"), help="run folder: checkpoint, log, token cache"
-    )
+    parser.add_argument("--corpus", type=Path, required=True, help="Parquet file with columns domain, source, licence, text")
+    parser.add_argument("--run", type=Path, default=Path("out/embedded"), help="run folder: checkpoint, log, token cache")
     parser.add_argument("--export", type=Path, default=None, help="folder for the finished model (default: RUN/model)")
     budget = parser.add_mutually_exclusive_group(required=True)
     budget.add_argument("--minutes", type=float, help="training time, probes and checkpoints excluded")
     budget.add_argument("--steps", type=int, help="optimiser steps; gives the same bits on every run of one machine")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument(
-        "--balance", type=float, default=Recipe().balance_coefficient, help="coefficient of the balance loss"
-    )
+    parser.add_argument("--balance", type=float, default=Recipe().balance_coefficient, help="coefficient of the balance loss")
     parser.add_argument("--save-every", type=float, default=120.0, metavar="SECONDS")
     return parser.parse_args(arguments)
 
