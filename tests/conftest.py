@@ -1,0 +1,41 @@
+"""What every test shares: the compiler's cache, and the folder of handed data.
+
+Numba's disk cache looks only at the file of a compiled function, never at the other files that it inlines, so a change
+elsewhere would run yesterday's machine code. The cache is therefore keyed on the whole source, before numba is imported.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def _source_hash() -> str:
+    digest = hashlib.sha256()
+    for file in sorted((ROOT / "src" / "swapless").rglob("*.py")):
+        digest.update(str(file.relative_to(ROOT)).encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+os.environ["NUMBA_CACHE_DIR"] = str(ROOT / "out" / "numba" / _source_hash())
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--data", metavar="DIR", default=None, help="folder of the handed traces and texts, for the tests marked data")
+
+
+@pytest.fixture(scope="session")
+def data_dir(request: pytest.FixtureRequest) -> Path:
+    """The folder given as ``--data DIR``; a test marked ``data`` fails without it."""
+    given = request.config.getoption("--data")
+    if given is None:
+        pytest.fail("This test reads the handed data: run make test-data DATA=DIR.")
+    folder = Path(given).expanduser().resolve()
+    if not (folder / "traces").is_dir():
+        pytest.fail(f"No traces/ in the folder given as --data: {folder}.")
+    return folder
