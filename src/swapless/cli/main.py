@@ -1,0 +1,86 @@
+"""The command ``swapless``: its verbs, and how an error becomes one message and an exit code.
+
+Exit codes: 0 done; 1 an error of the project, said in one message; 2 wrong usage; 130 stopped by Ctrl-C. A traceback appears
+only with ``SWAPLESS_DEBUG=1`` in the environment, or where the error is a bug of ours.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from collections.abc import Callable
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Annotated, Any
+
+import typer
+
+from swapless import __version__
+from swapless.errors import SwaplessError, UsageError
+
+__all__ = ["app", "main"]
+
+VERBS = {
+    "run": "swapless.cli.run:run",
+    "info": "swapless.cli.info:info",
+    "verify": "swapless.cli.verify:verify",
+    "record": "swapless.cli.record:record",
+    "locality": "swapless.cli.locality:locality",
+    "simulate": "swapless.cli.simulate:simulate",
+    "demo": "swapless.cli.demo:demo",
+}
+
+app = typer.Typer(
+    name="swapless",
+    help="Run Mixture-of-Experts language models in less memory than their weights.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"swapless {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")] = False,
+) -> None:
+    """Run Mixture-of-Experts language models in less memory than their weights."""
+
+
+def _guarded(verb: Callable[..., Any]) -> Callable[..., Any]:
+    """The verb with errors of the project turned into one message on stderr and an exit code."""
+
+    @functools.wraps(verb)
+    def call(*arguments: Any, **options: Any) -> Any:
+        try:
+            return verb(*arguments, **options)
+        except SwaplessError as error:
+            if os.environ.get("SWAPLESS_DEBUG"):
+                raise
+            print(f"Error: {error}", file=sys.stderr)
+            raise typer.Exit(2 if isinstance(error, UsageError) else 1) from None
+
+    return call
+
+
+def _register() -> None:
+    for name, target in VERBS.items():
+        module, _, function = target.partition(":")
+        if find_spec(module):
+            app.command(name)(_guarded(getattr(import_module(module), function)))
+
+
+_register()
+
+
+def main() -> None:
+    """Run the command line with the arguments of this process."""
+    app()
