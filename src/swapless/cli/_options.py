@@ -8,7 +8,7 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
-from swapless.errors import UsageError
+from swapless.errors import UnknownNameError, UsageError
 from swapless.units import parse_share, parse_size
 
 Value = TypeVar("Value")
@@ -29,6 +29,14 @@ def checked(parse: Callable[[str], Value], name: str) -> Callable[[str], Value]:
 
 def _budget(text: str) -> int | str:
     return text if text == "auto" else parse_size(text)
+
+
+def _policy(name: str) -> str:
+    from swapless.cache import POLICIES
+
+    if name not in POLICIES.names():
+        raise UnknownNameError.of("policy", name, POLICIES.names())
+    return name
 
 
 def exclusive(**given: Any) -> None:
@@ -69,9 +77,14 @@ Resident = Annotated[
         help="Share of the experts to keep in memory, as 25% or 0.25, in place of --memory.",
     ),
 ]
-Policy = Annotated[str, typer.Option(metavar="NAME", help="Which expert to drop when a slot is needed.")]
-Seed = Annotated[int, typer.Option(min=0, help="Seed of the sampling.")]
-Threads = Annotated[int | None, typer.Option(min=1, help="Threads to compute with.", show_default="all cores")]
+Policy = Annotated[
+    str,
+    typer.Option(
+        "--policy", metavar="NAME", parser=checked(_policy, "NAME"), help="Which expert to drop for a new one: lru, lfu, ..."
+    ),
+]
+Seed = Annotated[int, typer.Option(metavar="N", min=0, help="Seed of the sampling.")]
+Threads = Annotated[int | None, typer.Option(metavar="N", min=1, help="Threads to compute with.", show_default="all cores")]
 Context = Annotated[int | None, typer.Option(min=1, metavar="TOKENS", help="Most tokens of prompt and answer together.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no summary.")]

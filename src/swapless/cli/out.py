@@ -77,7 +77,9 @@ class Out:
         if not self.quiet:
             self._aside.print(text, markup=False)
 
-    def table(self, columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: str | None = None, aside: bool = False) -> None:
+    def table(
+        self, columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: str | None = None, aside: bool = False
+    ) -> None:
         """Rows under their columns: on stdout as a result, on stderr with ``aside``.
 
         The first column stands left, the others right.

@@ -1,0 +1,74 @@
+"""``swapless info``: what a path holds, told by its content and not by its name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from swapless.cli import _options as options
+from swapless.cli.out import Out
+from swapless.units import format_size
+
+__all__ = ["info", "info_checkpoint"]
+
+_PARQUET = b"PAR1"
+
+
+def info(
+    path: Annotated[str, typer.Argument(metavar="PATH", help="A checkpoint folder, a hub id, or a trace.")],
+    as_json: options.Json = False,
+) -> None:
+    """Say what a checkpoint or a trace is.
+
+    A checkpoint is read from its configuration and file headers alone.
+    """
+    if _begins_with(Path(path), _PARQUET):
+        from swapless.cli.info_trace import info_trace
+
+        info_trace(Path(path), as_json)
+    else:
+        info_checkpoint(path, as_json)
+
+
+def info_checkpoint(checkpoint: str, as_json: bool) -> None:
+    """Print family, shape, sizes and the smallest useful budget of a checkpoint.
+
+    Raises
+    ------
+    CheckpointError
+        It is not a checkpoint, or not one that can be served.
+    """
+    from dataclasses import asdict
+
+    from swapless.runtime import describe
+
+    out = Out(as_json=as_json)
+    found = describe(checkpoint)
+    out.document(asdict(found))
+    if not as_json:
+        out.facts(_facts(found))
+
+
+def _facts(found: Any) -> list[tuple[str, str]]:
+    routed_bytes = found.num_moe_layers * found.num_experts * found.expert_bytes
+    return [
+        ("family", found.family),
+        ("MoE layers", f"{found.num_moe_layers} of {found.num_experts} experts, {found.top_k} a token"),
+        ("weights", f"{format_size(found.total_bytes)} in {found.shards} files, {found.dtype}, {found.layout}"),
+        ("routed experts", f"{format_size(routed_bytes)}, one expert {format_size(found.expert_bytes)}"),
+        ("all else", format_size(found.non_expert_bytes)),
+        ("one token needs", f"{format_size(found.token_cycle_bytes)} of experts, read anew where none is resident"),
+        ("smallest useful budget", f"{format_size(found.smallest_budget_bytes)} for the whole process"),
+    ]
+
+
+def _begins_with(path: Path, magic: bytes) -> bool:
+    if not path.is_file():
+        return False
+    try:
+        with open(path, "rb") as file:
+            return file.read(len(magic)) == magic
+    except OSError:
+        return False

@@ -1,0 +1,100 @@
+"""``swapless run``: let a checkpoint write, under a byte budget."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from swapless.cli import _options as options
+from swapless.cli.out import Out
+from swapless.cli.session import Sampling, generate, measured, open_model, open_tokenizer, prompt_ids, summarise
+from swapless.errors import UsageError
+
+__all__ = ["read_prompt", "run"]
+
+
+def run(
+    checkpoint: options.Checkpoint,
+    memory: options.Memory = None,
+    resident: options.Resident = None,
+    prompt: Annotated[str | None, typer.Option(metavar="TEXT", help="Text to continue; - reads it from stdin.")] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Use the chat template; without --prompt, talk.")] = False,
+    max_new_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Most tokens to generate.")] = 128,
+    temperature: Annotated[
+        float, typer.Option(metavar="X", min=0.0, help="0 takes the likeliest token, above it samples.")
+    ] = 0.0,
+    top_p: Annotated[
+        float, typer.Option(metavar="X", min=0.0, max=1.0, help="Sample from the likeliest tokens of this joint share.")
+    ] = 1.0,
+    stop: Annotated[list[str] | None, typer.Option(metavar="TEXT", help="End before this text; may be repeated.")] = None,
+    seed: options.Seed = 0,
+    threads: options.Threads = None,
+    context: options.Context = None,
+    policy: options.Policy = "lru",
+    record: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the routing as a trace (.parquet).")] = None,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Generate text under a byte budget.
+
+    The checkpoint may be larger than the memory. Its text goes to stdout as it is generated; progress and a summary go to stderr.
+    """
+    options.exclusive(memory=memory, resident=resident)
+    if prompt is None and not chat:
+        raise UsageError("There is nothing to continue. Give --prompt TEXT, --prompt - to read stdin, or --chat to talk.")
+    if prompt is None and as_json:
+        raise UsageError("--json prints one document for one prompt. Give --prompt with it.")
+    if record is not None and not record.absolute().parent.is_dir():
+        raise UsageError(f"The folder for --record does not exist. Got: {record}. Create it first.")
+    text = None if prompt is None else read_prompt(prompt)
+    sampling = Sampling(
+        max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, stop=tuple(filter(None, stop or ())), seed=seed
+    )
+    out = Out(as_json=as_json, quiet=quiet)
+    budget = {"memory": memory, "resident": resident} if memory or resident else {"memory": "auto"}
+    with open_model(checkpoint, out, threads=threads, policy=policy, context=context, **budget) as model:
+        tokenizer = open_tokenizer(checkpoint)
+        if text is None:
+            from swapless.cli.chat import talk
+
+            talk(model, tokenizer, sampling, out)
+        else:
+            _answer(
+                model, tokenizer, text, sampling, out, {"checkpoint": checkpoint, "policy": policy, "seed": seed}, chat=chat
+            )
+        if record is not None:
+            model.swapless.trace().write(record)
+            out.note(f"Wrote {record}.")
+
+
+def read_prompt(prompt: str) -> str:
+    """The prompt itself, or stdin's text for ``-`` without its final newline.
+
+    Raises
+    ------
+    UsageError
+        Stdin is not UTF-8 text.
+    """
+    if prompt != "-":
+        return prompt
+    try:
+        return sys.stdin.buffer.read().decode("utf-8").removesuffix("\n")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"The prompt on stdin is not UTF-8 text: {error}.") from None
+
+
+def _answer(model: Any, tokenizer: Any, text: str, sampling: Sampling, out: Out, about: dict[str, Any], *, chat: bool) -> None:
+    if chat:
+        from swapless.cli.chat import chat_ids
+
+        ids = chat_ids(tokenizer, [{"role": "user", "content": text}])
+    else:
+        ids = prompt_ids(tokenizer, text)
+    reply = generate(model, tokenizer, ids, sampling, lambda piece: out.text(piece, end=""))
+    out.text("")
+    figures = measured(reply, model.swapless)
+    out.document(figures | about)
+    summarise(figures, out)

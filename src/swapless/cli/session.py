@@ -1,0 +1,218 @@
+"""What ``run``, ``chat`` and ``demo`` share: open a model, let it write, say what it took."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from swapless.cli.out import Out
+from swapless.cli.stream import TextStream
+from swapless.errors import CheckpointError, UsageError, message
+from swapless.units import format_size
+
+__all__ = ["Reply", "Sampling", "generate", "measured", "open_model", "open_tokenizer", "prompt_ids", "summarise"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """How the next token is chosen; a temperature of 0 takes the likeliest."""
+
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    top_p: float = 1.0
+    stop: tuple[str, ...] = ()
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reply:
+    """What one generation gave: the text, why it ended (``eos``, ``stop`` or ``length``) and its times.
+
+    ``tokens_per_s`` counts the tokens after the first, over the time after the first: the speed of decoding.
+    """
+
+    text: str
+    finish: str
+    prompt_tokens: int
+    new_tokens: int
+    first_token_s: float | None
+    total_s: float
+    tokens_per_s: float | None
+
+
+def open_tokenizer(checkpoint: str) -> Any:
+    """The checkpoint's own tokenizer.
+
+    Raises
+    ------
+    CheckpointError
+        It has none that transformers can read.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(checkpoint)
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        raise CheckpointError(
+            message(
+                "The tokenizer of this checkpoint cannot be read.",
+                where=checkpoint,
+                got=" ".join(str(error).split())[:200].rstrip("."),
+                step="Put the tokenizer's files (tokenizer.json, tokenizer_config.json) beside config.json.",
+            )
+        ) from error
+
+
+@contextmanager
+def open_model(checkpoint: str, out: Out, *, threads: int | None = None, **options: Any) -> Iterator[Any]:
+    """The model of ``swapless.load(checkpoint, **options)``, its loading shown, closed at the end whatever happens."""
+    with out.progress() as progress:
+        progress("Starting", 0.0)
+        import torch
+        import transformers
+
+        import swapless
+
+        transformers.utils.logging.set_verbosity_error()
+        transformers.utils.logging.disable_progress_bar()
+        if threads:
+            torch.set_num_threads(threads)
+        model = swapless.load(checkpoint, progress=progress, **options)
+    try:
+        for warning in model.swapless.budget.warnings:
+            out.note(f"Note: {warning}")
+        yield model
+    finally:
+        model.swapless.close()
+
+
+def prompt_ids(tokenizer: Any, text: str) -> Any:
+    """Token ids of a prompt, shape (1, T).
+
+    Raises
+    ------
+    UsageError
+        The prompt is empty and the model has no token to begin a text with.
+    """
+    import torch
+
+    ids = tokenizer(text, return_tensors="pt")["input_ids"].long()
+    if ids.shape[-1]:
+        return ids
+    if tokenizer.bos_token_id is None:
+        raise UsageError("The prompt is empty, and this model has no token that begins a text. Give some text.")
+    return torch.tensor([[tokenizer.bos_token_id]])
+
+
+def generate(model: Any, tokenizer: Any, ids: Any, sampling: Sampling, write: Callable[[str], None]) -> Reply:
+    """Continue ``ids`` and hand each finished piece of text to ``write``.
+
+    Raises
+    ------
+    ContextError
+        Prompt and answer together exceed the context.
+    ReadError
+        Expert weights could not be read; what was written so far is not whole.
+    """
+    import torch
+
+    stream = TextStream(tokenizer, write, sampling.stop)
+    ends = model.generation_config.eos_token_id
+    ends = set(ends if isinstance(ends, list) else [ends])
+    if sampling.temperature:
+        how = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
+    else:
+        how = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    torch.manual_seed(sampling.seed)
+    started = time.perf_counter()
+    model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=sampling.max_new_tokens,
+        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(ends), None),
+        streamer=stream,
+        stopping_criteria=[lambda *_, **__: torch.tensor([stream.stopped])],
+        **how,
+    )
+    total_s = time.perf_counter() - started
+    new = stream.new_ids
+    first, last = stream.first_token_at, stream.last_token_at
+    decode_s = (last - first) if first is not None and last is not None else 0.0
+    return Reply(
+        text=stream.text,
+        finish="stop" if stream.stopped else "eos" if new and new[-1] in ends else "length",
+        prompt_tokens=ids.shape[-1],
+        new_tokens=len(new),
+        first_token_s=first - started if first is not None else None,
+        total_s=total_s,
+        tokens_per_s=(len(new) - 1) / decode_s if decode_s > 0 else None,
+    )
+
+
+def measured(reply: Reply, engine: Any) -> dict[str, Any]:
+    """The figures of a generation and of the engine under it, as one flat document."""
+    stats = engine.stats().to_dict()
+    decode_tokens = stats["decode_tokens"]
+    return {
+        "text": reply.text,
+        "finish": reply.finish,
+        "prompt_tokens": reply.prompt_tokens,
+        "new_tokens": reply.new_tokens,
+        "tokens_per_s": reply.tokens_per_s,
+        "first_token_s": reply.first_token_s,
+        "total_s": reply.total_s,
+        "requests": stats["requests"],
+        "hits": stats["hits"],
+        "hit_rate": stats["hit_rate"],
+        "bytes_read": stats["bytes_read"],
+        "decode_bytes_read": stats["decode_bytes_read"],
+        "bytes_read_per_token": stats["decode_bytes_read"] / decode_tokens if decode_tokens else None,
+        "reads": stats["reads"],
+        "read_s": stats["read_s"],
+        "stall_s": stats["stall_s"],
+        "compute_s": stats["compute_s"],
+        "stall_share": stats["stall_s"] / reply.total_s if reply.total_s else None,
+        "peak_memory_bytes": stats["peak_memory_bytes"],
+        "peak_memory_source": stats["peak_memory_source"],
+        "memory_budget_bytes": engine.budget.total_bytes,
+        "slots": engine.budget.slots,
+    }
+
+
+def summarise(figures: dict[str, Any], out: Out) -> None:
+    """The figures of :func:`measured` in a few lines on stderr."""
+    source = {"cgroup": "by the memory cgroup", "rss_anon": "anonymous memory, sampled"}.get(figures["peak_memory_source"], "")
+    budget = f" of {format_size(figures['memory_budget_bytes'])}" if figures["memory_budget_bytes"] else ""
+    lines = [
+        ("tokens", f"{figures['new_tokens']} new after {figures['prompt_tokens']} of prompt, ended by {figures['finish']}"),
+        ("speed", f"{rate(figures['tokens_per_s'])} tok/s, first token after {seconds(figures['first_token_s'])}"),
+        ("hit rate", share(figures["hit_rate"])),
+        ("read a token", size(figures["bytes_read_per_token"])),
+        ("waiting for reads", f"{share(figures['stall_share'])} of the time"),
+        ("peak memory", f"{size(figures['peak_memory_bytes'])}{budget} ({source})"),
+    ]
+    out.note()
+    out.facts(lines, aside=True)
+
+
+def rate(value: float | None) -> str:
+    """Tokens a second, or a dash where there were too few."""
+    return "-" if value is None else f"{value:.1f}"
+
+
+def seconds(value: float | None) -> str:
+    """Seconds with two digits, or a dash."""
+    return "-" if value is None else f"{value:.2f} s"
+
+
+def share(value: float | None) -> str:
+    """A fraction as a percentage, or a dash."""
+    return "-" if value is None or value != value else f"{100 * value:.1f} %"
+
+
+def size(value: float | None) -> str:
+    """Bytes in binary units, or a dash."""
+    return "-" if value is None else format_size(value)
