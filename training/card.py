@@ -10,6 +10,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from transformers import AutoConfig, PreTrainedConfig
+
 from training.corpus import Document, read_documents
 from training.evaluate_embedded import PACKAGE_DATA
 from training.train_embedded import Recipe
@@ -94,11 +96,11 @@ def samples(results: dict[str, Any], domains: tuple[str, ...]) -> str:
     return "\n".join(lines)
 
 
-def card(documents: list[Document], config: dict[str, Any], results: dict[str, Any]) -> str:
+def card(documents: list[Document], config: PreTrainedConfig, results: dict[str, Any]) -> str:
     recipe, training, routing = Recipe(), results["training"], results["routing"]
     continuations = results["continuations"]
-    E, K, L = config["num_experts"], config["num_experts_per_tok"], config["num_hidden_layers"]
-    expert = 3 * config["hidden_size"] * config["moe_intermediate_size"]
+    E, K, L = config.num_experts, config.num_experts_per_tok, config.num_hidden_layers
+    expert = 3 * config.hidden_size * config.moe_intermediate_size
     active = results["parameters"] - L * (E - K) * expert
     per_domain = continuations["per_domain"]
     return f"""---
@@ -115,7 +117,7 @@ it knows nothing worth asking, follows no instruction, and its chat template onl
 
 ## Architecture
 
-`{config["model_type"]}` as transformers has it, stored in the usual one-tensor-an-expert layout, bfloat16.
+`{config.model_type}` as transformers has it, stored in the usual one-tensor-an-expert layout, bfloat16.
 
 {
         table(
@@ -125,14 +127,14 @@ it knows nothing worth asking, follows no instruction, and its chat template onl
                 ["of these used for one token", f"{active:,}"],
                 ["MoE layers (L); no dense layers", str(L)],
                 ["routed experts a layer (E), used a token (K)", f"{E}, {K}"],
-                ["hidden size (D), expert inner size (F)", f"{config['hidden_size']}, {config['moe_intermediate_size']}"],
+                ["hidden size (D), expert inner size (F)", f"{config.hidden_size}, {config.moe_intermediate_size}"],
                 ["bytes of one expert", f"{2 * expert:,}"],
                 [
                     "attention heads, key-value heads, head size",
-                    f"{config['num_attention_heads']}, {config['num_key_value_heads']}, {config['head_dim']}",
+                    f"{config.num_attention_heads}, {config.num_key_value_heads}, {config.head_dim}",
                 ],
-                ["vocabulary (byte-level BPE), embeddings tied", str(config["vocab_size"])],
-                ["context", f"{config['max_position_embeddings']} tokens"],
+                ["vocabulary (byte-level BPE), embeddings tied", str(config.vocab_size)],
+                ["context", f"{config.max_position_embeddings} tokens"],
             ],
         )
     }
@@ -234,7 +236,7 @@ def main() -> None:
     parser.add_argument("--corpus", type=Path, required=True, help="the Parquet file that the model was trained on")
     parser.add_argument("--model", type=Path, default=PACKAGE_DATA, help="folder with config.json and results.json")
     args = parser.parse_args()
-    config = json.loads((args.model / "config.json").read_text())
+    config = AutoConfig.from_pretrained(args.model)
     results = json.loads((args.model / "results.json").read_text())
     (args.model / "MODEL_CARD.md").write_text(card(read_documents(args.corpus), config, results))
 

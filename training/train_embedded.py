@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from training.corpus import WindowSampler, domain_texts, read_documents, token_streams
 from training.locality import load_entropy, lru_hit_rate, shuffled_tokens
@@ -187,9 +187,14 @@ def probe(model: Qwen3MoeForCausalLM, streams: dict[str, np.ndarray], window_tok
 def export(trainer: Trainer, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     """Write the model as users get it: bfloat16, one shard, one tensor an expert, tokenizer and sampling settings beside."""
     trainer.model.to(torch.bfloat16)
-    trainer.model.generation_config.do_sample = True
-    trainer.model.generation_config.temperature = 0.8
-    trainer.model.generation_config.top_p = 0.95
+    trainer.model.generation_config = GenerationConfig(
+        do_sample=True,
+        temperature=0.8,
+        top_p=0.95,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
     trainer.model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 

@@ -24,7 +24,7 @@ def test_one_bfloat16_tensor_an_expert_in_one_shard():
         names = set(weights.keys())
         assert all(weights.get_slice(name).get_dtype() == "BF16" for name in names)
     for block in range(config["num_hidden_layers"]):
-        for expert in range(config["num_experts"]):
+        for expert in range(config["num_local_experts"]):
             for part in ("gate_proj", "up_proj", "down_proj"):
                 assert f"model.layers.{block}.mlp.experts.{expert}.{part}.weight" in names
 
