@@ -1,0 +1,271 @@
+"""``load``: from a checkpoint and a budget to an ordinary transformers model whose experts stay on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from swapless.cache import POLICIES
+from swapless.cache.policy import Policy
+from swapless.cache.residency import layer_pools
+from swapless.cache.serve import ExpertCache
+from swapless.errors import CheckpointCorruptError, UsageError, message
+from swapless.notation import Phase
+from swapless.runtime.budget import Budget, plan_budget
+from swapless.runtime.door import IMPLEMENTATION, experts_of
+from swapless.runtime.dry import activation_bytes, dry_run
+from swapless.runtime.engine import Engine
+from swapless.runtime.memory import MemoryMeter, available_bytes
+from swapless.runtime.offloaded import offloaded_class
+from swapless.runtime.open import OpenCheckpoint, open_checkpoint
+from swapless.runtime.pool import SlotPool, slot_bytes
+from swapless.runtime.routing import RoutingLog
+from swapless.runtime.source import checkpoint_folder
+from swapless.runtime.steps import StepHooks
+from swapless.store.checkpoint import CheckpointStore
+from swapless.store.probe import probe
+from swapless.store.read import FileReader, drop_page_cache
+from swapless.trace import TraceHeader
+from swapless.units import parse_share, parse_size
+
+DEFAULT_CONTEXT_TOKENS = 4096
+_AUTO_SHARE = 0.8
+"""Of what is available, the part that ``memory="auto"`` takes."""
+
+Progress = Callable[[str, float], None]
+
+
+def load(
+    checkpoint: str | Path,
+    memory: str | int | None = None,
+    *,
+    resident: str | float | None = None,
+    policy: str | Policy = "lru",
+    context: int | None = None,
+    revision: str | None = None,
+    token: str | None = None,
+    dtype: str | torch.dtype = "auto",
+    attn_implementation: str | None = None,
+    local_files_only: bool = False,
+    progress: Progress | None = None,
+) -> PreTrainedModel:
+    """An ordinary transformers model that holds its experts in a byte budget and reads the rest when needed.
+
+    Its output equals transformers' with ``experts_implementation="eager"`` bit for bit, at one thread and with reference
+    weights aligned to 64 bytes.
+
+    Parameters
+    ----------
+    checkpoint : str or Path
+        Local folder, or hub id.
+    memory : str or int, optional
+        What the whole process may hold: ``"8GiB"``, bytes, or ``"auto"`` (the default where no ``resident`` is given): most
+        of what is available now.
+    resident : str or float, optional
+        Instead of ``memory``: the share of all experts to keep, ``"25%"`` or 0.25.
+    policy : str or Policy
+        Who goes when a slot is needed: a name from the registry, or a policy of your own.
+    context : int, optional
+        Most tokens a sequence may have; the KV cache and activations of so many are set aside. Default: 4096, or the
+        model's own limit if that is less.
+    revision, token, local_files_only
+        For a hub id, as in ``from_pretrained``.
+    dtype : str or torch.dtype
+        Type to compute in; ``"auto"`` takes the checkpoint's own, and only that reads experts without conversion.
+    attn_implementation : str, optional
+        As in ``from_pretrained``.
+    progress : callable of (str, float), optional
+        Told what is going on and the share done.
+
+    Returns
+    -------
+    PreTrainedModel
+        With ``model.swapless`` (:class:`~swapless.runtime.engine.Engine`): ``stats()``, ``trace()``, ``close()``. The model
+        is a context manager that closes itself.
+
+    Raises
+    ------
+    CheckpointError
+        Something is wrong with the files; the subclass says what.
+    UnsupportedFamilyError
+        The family does not come through transformers' experts interface. Nothing is ever loaded in full instead.
+    BudgetError
+        The budget is below the floor, which the message names.
+    UsageError
+        Unknown policy, malformed size, both ``memory`` and ``resident``.
+    """
+    chosen: Policy = POLICIES.get(policy)() if isinstance(policy, str) else policy
+    total_bytes, share = _target(memory, resident)
+    report = progress or (lambda stage, done: None)
+    meter = MemoryMeter()
+    base_bytes = meter.now_bytes()
+    report("reading headers", 0.0)
+    folder = checkpoint_folder(checkpoint, revision=revision, token=token, local_files_only=local_files_only)
+    opened = open_checkpoint(folder, dtype)
+    context_tokens = _context(context, opened.config)
+    layers = opened.layout.moe_layers
+    shape: dict[str, int] = {
+        "slot_bytes": slot_bytes(layers),
+        "expert_bytes": max(layer.expert_bytes for layer in layers),
+        "num_experts_total": sum(layer.num_experts for layer in layers),
+        "experts_a_token": opened.experts_a_token,
+        "context_tokens": context_tokens,
+    }
+    if memory == "auto" or (total_bytes is None and share is None):
+        total_bytes = base_bytes + int(_AUTO_SHARE * available_bytes())
+    fixed = {"base": base_bytes, "non_expert": opened.layout.non_expert_bytes}
+    plan_budget(total_bytes=total_bytes, resident_share=share, fixed_parts=fixed, **shape)  # refuse early what cannot work
+
+    report("loading non-expert weights", 0.1)
+    model = _load_non_experts(opened, attn_implementation)
+    report("measuring", 0.7)
+    _warm_kernels(chosen)
+    dry = dry_run(model)
+    reader = FileReader(sorted({extent.file for layer in layers for extent in _files(layer)}))
+    store = CheckpointStore(
+        lambda moe_layer, expert: layers[moe_layer].sources(expert), reader, [(i, 0) for i in range(len(layers))]
+    )
+    drop_page_cache(opened.files)
+    measured = probe(reader, _sample_extents(store, layers))
+    now_bytes = meter.now_bytes()
+    fixed |= {
+        "loading": max(0, now_bytes - sum(fixed.values())),
+        "kv_cache": dry.cache_bytes_fixed + dry.cache_bytes_per_token * context_tokens,
+        "activations": activation_bytes(opened.config, context_tokens, opened.layout.dtype),
+        "io_buffers": measured.depth * store.bounce_bytes,
+    }
+    budget = plan_budget(total_bytes=total_bytes, resident_share=share, fixed_parts=fixed, **shape)
+    report("opening slots", 0.9)
+    engine = _engine(opened, chosen, store, budget, measured, meter, str(checkpoint), dry.top_k)
+    for moe_layer, (_, module) in enumerate(experts_of(model)):
+        module.swapless_engine = engine  # type: ignore[assignment]
+        module.swapless_moe_layer = moe_layer  # type: ignore[assignment]
+    StepHooks(engine, context_tokens).attach(model)
+    model.swapless = engine  # type: ignore[assignment]
+    report("ready", 1.0)
+    return model
+
+
+def _target(memory: str | int | None, resident: str | float | None) -> tuple[int | None, float | None]:
+    if memory is not None and resident is not None:
+        raise UsageError(message("Give either memory or resident, not both.", got=f"memory={memory!r}, resident={resident!r}"))
+    if resident is not None:
+        return None, parse_share(resident)
+    return (None if memory in (None, "auto") else parse_size(memory)), None  # type: ignore[arg-type]
+
+
+def _context(context: int | None, config: Any) -> int:
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    limit = limit if isinstance(limit, int) and limit > 0 else None
+    if context is None:
+        return min(DEFAULT_CONTEXT_TOKENS, limit or DEFAULT_CONTEXT_TOKENS)
+    if context < 1 or (limit is not None and context > limit):
+        raise UsageError(
+            message("The context does not fit the model.", got=f"{context} tokens", allowed=f"1 to {limit or 'any number of'}")
+        )
+    return context
+
+
+def _load_non_experts(opened: OpenCheckpoint, attn_implementation: str | None) -> PreTrainedModel:
+    bars = transformers_logging.is_progress_bar_enabled()
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()  # it would list every expert as unexpected
+    try:
+        model, info = offloaded_class(opened.cls).from_pretrained(
+            opened.folder,
+            dtype=opened.layout.dtype,
+            experts_implementation=IMPLEMENTATION,
+            attn_implementation=attn_implementation,
+            output_loading_info=True,
+            local_files_only=True,
+        )
+    except RuntimeError as error:
+        raise CheckpointCorruptError(
+            message("Weights do not fit the model.", where=opened.folder, got=str(error).splitlines()[0])
+        ) from error
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
+    missing, mismatched = sorted(info["missing_keys"]), sorted(map(str, info.get("mismatched_keys", ())))
+    if missing or mismatched:
+        raise CheckpointCorruptError(
+            message(
+                "The checkpoint lacks weights of the model, or has them in a wrong shape.",
+                where=opened.folder,
+                got=", ".join([*missing, *mismatched][:4]),
+                step="Download the checkpoint again.",
+            )
+        )
+    model.eval()
+    _own_weights(model)
+    return model
+
+
+@torch.no_grad()
+def _own_weights(model: PreTrainedModel) -> None:
+    # from_pretrained hands out views of the mapped files: page cache that a memory cap would throw out and fault in again,
+    # at 8-byte alignment, which changes the last bits of products. One tensor at a time moves into memory of our own.
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.device.type == "cpu":
+            tensor.data = tensor.data.clone(memory_format=torch.contiguous_format)
+
+
+def _warm_kernels(policy: Policy) -> None:
+    cache = ExpertCache(policy, 1, 2, [0], [1])
+    for phase in Phase:
+        cache.request(0, np.zeros((1, 1), np.int64), phase)
+    cache.forget(0, np.zeros(1, np.int32))
+
+
+def _files(layer: Any) -> list[Any]:
+    return [extent for expert in range(layer.num_experts) for source in layer.sources(expert) for extent in source.extents]
+
+
+def _sample_extents(store: CheckpointStore, layers: Any, most: int = 256) -> list[Any]:
+    rng = np.random.default_rng(0)
+    everyone = [(i, expert) for i, layer in enumerate(layers) for expert in range(layer.num_experts)]
+    chosen = rng.permutation(len(everyone))[:most]
+    return [extent for index in chosen for extent in store.extents(*everyone[index])]
+
+
+def _engine(
+    opened: OpenCheckpoint,
+    policy: Policy,
+    store: CheckpointStore,
+    budget: Budget,
+    measured: Any,
+    meter: MemoryMeter,
+    model_id: str,
+    top_k: int,
+) -> Engine:
+    layers = opened.layout.moe_layers
+    num_experts = max(layer.num_experts for layer in layers)
+    pool_of_layer, pool_slots = layer_pools(len(layers), num_experts, budget.slots)
+    text = opened.config.get_text_config()
+    header = TraceHeader(
+        model_id=model_id,
+        num_experts=num_experts,
+        top_k=top_k,
+        moe_blocks=tuple(layer.block for layer in layers),
+        model_type=opened.config.model_type,
+        hidden_size=getattr(text, "hidden_size", None),
+        expert_order="as the router returned them",
+        source="recorded by swapless while the model ran",
+    )
+    return Engine(
+        store=store,
+        cache=ExpertCache(policy, len(layers), num_experts, pool_of_layer, pool_slots),
+        pool=SlotPool(layers, budget.slots + budget.staging_slots),
+        budget=budget,
+        probe=measured,
+        meter=meter,
+        routing=RoutingLog(header),
+    )

@@ -1,0 +1,170 @@
+"""Open a checkpoint without loading it: its configuration, its layout, and what is wrong with it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from transformers import AutoConfig, PreTrainedModel
+
+from swapless.errors import (
+    CheckpointCorruptError,
+    UnsupportedCheckpointError,
+    UnsupportedFamilyError,
+    UsageError,
+    message,
+)
+from swapless.runtime.door import Layout, checkpoint_layout, model_class, skeleton
+from swapless.runtime.families import NEEDS, unsupported_family
+from swapless.runtime.pool import slot_bytes
+from swapless.store.headers import TensorRef, read_config, read_headers
+
+_FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+class OpenCheckpoint(NamedTuple):
+    """A checkpoint whose headers were read: folder, configuration, model class, layout and tensors."""
+
+    folder: Path
+    config: Any
+    cls: type[PreTrainedModel]
+    layout: Layout
+    refs: dict[str, TensorRef]
+    experts_a_token: int
+
+    @property
+    def files(self) -> list[Path]:
+        """The shards, each once."""
+        return sorted({ref.file for ref in self.refs.values()})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointInfo:
+    """What a checkpoint holds, by its configuration and headers alone; sizes in bytes.
+
+    ``smallest_budget_bytes`` is an estimate of the floor before anything is loaded (the base of the interpreter and its
+    libraries, non-expert weights, one wave of slots); ``token_cycle_bytes`` is what one decoded token asks for.
+    """
+
+    family: str
+    num_moe_layers: int
+    num_experts: int
+    top_k: int
+    dtype: str
+    layout: str
+    shards: int
+    expert_bytes: int
+    total_bytes: int
+    non_expert_bytes: int
+    token_cycle_bytes: int
+    smallest_budget_bytes: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+
+BASE_BYTES = 330 << 20
+"""Interpreter, torch and transformers, before any weight: what an estimate takes; a load measures."""
+
+
+def open_checkpoint(folder: Path, dtype: str | torch.dtype = "auto") -> OpenCheckpoint:
+    """Read configuration and headers of ``folder`` and match them with the model's experts.
+
+    Raises
+    ------
+    CheckpointMissingError, CheckpointCorruptError, UnsupportedCheckpointError, UnsupportedFamilyError
+        Whatever is wrong with the folder or the family.
+    """
+    raw = read_config(folder)
+    _refuse_unserved(folder, raw)
+    refs = read_headers(folder)
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise CheckpointCorruptError(
+            message("transformers cannot make sense of config.json.", where=folder, got=str(error).splitlines()[0])
+        ) from error
+    if config.model_type in NEEDS:
+        raise unsupported_family(config)
+    cls = model_class(config)
+    layout = checkpoint_layout(skeleton(cls, config), refs, resolve_dtype(dtype, config, refs))
+    if layout.top_k is None:
+        raise UnsupportedFamilyError(
+            message("The configuration does not say how many experts a token uses.", where=folder, got=config.model_type)
+        )
+    return OpenCheckpoint(folder, config, cls, layout, refs, layout.top_k * len(layout.moe_layers))
+
+
+def _refuse_unserved(folder: Path, raw: dict[str, Any]) -> None:
+    quantization = raw.get("quantization_config")
+    if quantization:
+        method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
+        raise UnsupportedCheckpointError(
+            message(
+                f"The checkpoint is quantised with {method!r}, which is not served yet.",
+                where=folder,
+                allowed="bf16, f16 and f32 safetensors",
+                step="Each expert would have to be dequantised when it is read. Take an unquantised revision of the model.",
+            )
+        )
+    from transformers import CONFIG_MAPPING
+
+    model_type = raw.get("model_type")
+    if model_type in CONFIG_MAPPING:
+        return
+    if raw.get("auto_map"):
+        raise UnsupportedFamilyError(
+            message(
+                f"The checkpoint brings its own code for {model_type!r}, and remote code is not run.",
+                where=folder,
+                step="Swapless serves the families that transformers itself ships; a newer transformers may have this one.",
+            )
+        )
+    raise UnsupportedFamilyError(
+        message("The installed transformers does not know this model type.", where=folder, got=repr(model_type))
+    )
+
+
+def resolve_dtype(dtype: str | torch.dtype, config: Any, refs: dict[str, TensorRef]) -> torch.dtype:
+    """The type to compute in: as asked, or the configuration's, or that of the checkpoint's first floating tensor."""
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype != "auto":
+        named = getattr(torch, dtype, None)
+        if not isinstance(named, torch.dtype) or not named.is_floating_point:
+            raise UsageError(message("Unknown dtype.", got=repr(dtype), allowed="auto, bfloat16, float16, float32"))
+        return named
+    stated = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
+    if isinstance(stated, torch.dtype):
+        return stated
+    return next((_FLOATS[ref.dtype] for ref in refs.values() if ref.dtype in _FLOATS), torch.float32)
+
+
+def describe(folder: str | Path) -> CheckpointInfo:
+    """What a checkpoint folder holds, without loading it.
+
+    Raises
+    ------
+    CheckpointError, UnsupportedFamilyError
+        See :func:`open_checkpoint`.
+    """
+    opened = open_checkpoint(Path(folder))
+    layers = opened.layout.moe_layers
+    expert_bytes = max(layer.expert_bytes for layer in layers)
+    return CheckpointInfo(
+        family=opened.config.model_type,
+        num_moe_layers=len(layers),
+        num_experts=layers[0].num_experts,
+        top_k=opened.experts_a_token // len(layers),
+        dtype=str(opened.layout.dtype).removeprefix("torch."),
+        layout="per-expert" if opened.layout.per_expert else "fused",
+        shards=len(opened.files),
+        expert_bytes=expert_bytes,
+        total_bytes=sum(ref.nbytes for ref in opened.refs.values()),
+        non_expert_bytes=opened.layout.non_expert_bytes,
+        token_cycle_bytes=opened.experts_a_token * expert_bytes,
+        smallest_budget_bytes=BASE_BYTES + opened.layout.non_expert_bytes + 5 * slot_bytes(layers),
+    )

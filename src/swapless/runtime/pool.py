@@ -1,0 +1,58 @@
+"""The slots: one slab of page-aligned memory cut into equal pieces, each large enough for any expert of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from swapless.runtime.door import MoeLayer
+from swapless.store.read import BLOCK_BYTES, aligned_buffer
+
+
+class SlotPool:
+    """Memory for ``slots`` experts, seen as bytes by readers and as parameters by the computation.
+
+    Parameters
+    ----------
+    moe_layers : sequence of MoeLayer
+        What an expert of each layer is made of.
+    slots : int
+        Number of slots.
+    """
+
+    def __init__(self, moe_layers: Sequence[MoeLayer], slots: int) -> None:
+        self.slot_bytes = slot_bytes(moe_layers)
+        self.slots = slots
+        self._layers = list(moe_layers)
+        self._slab: np.ndarray | None = aligned_buffer(self.slot_bytes * slots)
+        self._views: dict[tuple[int, int], dict[str, torch.Tensor]] = {}
+
+    def bytes_of(self, slot: int) -> np.ndarray:
+        """The slot's memory, uint8 (slot_bytes,): a view that lives as long as the pool."""
+        assert self._slab is not None, "the pool is closed"
+        return self._slab[slot * self.slot_bytes : (slot + 1) * self.slot_bytes]
+
+    def parameters(self, moe_layer: int, slot: int) -> dict[str, torch.Tensor]:
+        """The slot seen as the parameters of an expert of ``moe_layer``: views, made once and kept."""
+        key = (moe_layer, slot)
+        views = self._views.get(key)
+        if views is None:
+            memory = torch.from_numpy(self.bytes_of(slot))
+            views = {
+                p.name: memory[p.slot_offset : p.slot_offset + p.nbytes].view(p.dtype).view(p.shape)
+                for p in self._layers[moe_layer].parameters
+            }
+            self._views[key] = views
+        return views
+
+    def close(self) -> None:
+        """Give the memory back."""
+        self._views = {}
+        self._slab = None
+
+
+def slot_bytes(moe_layers: Sequence[MoeLayer]) -> int:
+    """Bytes of one slot: the largest expert, rounded up to whole pages."""
+    return -(-max(layer.slot_bytes for layer in moe_layers) // BLOCK_BYTES) * BLOCK_BYTES

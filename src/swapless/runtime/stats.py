@@ -1,0 +1,51 @@
+"""What a run did, counted where it happened and never estimated."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stats:
+    """Counts and times since the load or the last reset.
+
+    ``requests`` and ``hits`` are of decode alone: one a distinct (step, MoE layer, expert), a hit if the expert was resident
+    before the step reached that layer. Prefill is given as bytes and reads, since one read serves many tokens. ``read_s`` is
+    the time the reader threads were busy (their sum), ``stall_s`` the time the computation waited for them, ``compute_s``
+    the rest of the steps' time. Fields that begin with ``decode_`` leave prefill out.
+    """
+
+    requests: int = 0
+    hits: int = 0
+    bytes_read: int = 0
+    reads: int = 0
+    decode_bytes_read: int = 0
+    decode_reads: int = 0
+    read_s: float = 0.0
+    stall_s: float = 0.0
+    compute_s: float = 0.0
+    decode_stall_s: float = 0.0
+    decode_s: float = 0.0
+    prefill_s: float = 0.0
+    first_token_s: float | None = None
+    prefill_tokens: int = 0
+    decode_tokens: int = 0
+    steps: int = 0
+    waves: int = 0
+    peak_memory_bytes: int = 0
+    peak_memory_source: str = "unknown"
+
+    @property
+    def hit_rate(self) -> float | None:
+        """Hits over requests in decode, None before the first."""
+        return self.hits / self.requests if self.requests else None
+
+    @property
+    def decode_tokens_per_s(self) -> float | None:
+        """Decoded tokens over the time of their steps, None before the first."""
+        return self.decode_tokens / self.decode_s if self.decode_s else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON, the derived rates included."""
+        return asdict(self) | {"hit_rate": self.hit_rate, "decode_tokens_per_s": self.decode_tokens_per_s}

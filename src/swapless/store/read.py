@@ -1,0 +1,181 @@
+"""The read path: byte ranges of checkpoint files into aligned memory, past the page cache where the file system allows it.
+
+Direct I/O wants offset, length and memory in multiples of the device's block, which safetensors' 8-byte alignment never is;
+so a range is widened to whole blocks and read into a bounce buffer, from where the caller copies what it needs. Where direct
+I/O is refused (tmpfs, some network file systems), the same call reads buffered and then tells the kernel to drop the pages,
+so that the page cache does not grow into a hidden second cache.
+"""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from swapless.errors import CheckpointMissingError, ReadError, message
+
+BLOCK_BYTES = 4096
+"""Every direct read is a multiple of this; a multiple of all common logical block sizes."""
+
+_HUGE_PAGE_BYTES = 2 << 20
+_O_DIRECT = getattr(os, "O_DIRECT", 0)
+
+
+def aligned_buffer(nbytes: int) -> np.ndarray:
+    """Page-aligned uint8 memory of at least ``nbytes``, rounded up to whole blocks. The caller owns it."""
+    rounded = max(1, -(-nbytes // BLOCK_BYTES)) * BLOCK_BYTES
+    if rounded >= _HUGE_PAGE_BYTES and hasattr(mmap, "MADV_HUGEPAGE"):
+        # Weights are walked once a token: huge pages spare most of the address translation.
+        memory = mmap.mmap(-1, rounded, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        memory.madvise(mmap.MADV_HUGEPAGE)
+        return np.frombuffer(memory, np.uint8)
+    raw = np.empty(rounded + BLOCK_BYTES, np.uint8)
+    first = -raw.ctypes.data % BLOCK_BYTES
+    return raw[first : first + rounded]
+
+
+class _Open(NamedTuple):
+    fd: int
+    size: int
+    changed_ns: int
+    direct: bool
+
+
+class FileReader:
+    """Open files of one checkpoint, safe to read from several threads at once.
+
+    Parameters
+    ----------
+    files : iterable of Path
+        Files to open; they stay open until :meth:`close`.
+    direct : bool
+        Ask for direct I/O; each file falls back to buffered reads by itself where it is refused.
+
+    Raises
+    ------
+    CheckpointMissingError
+        A file cannot be opened.
+    """
+
+    def __init__(self, files: Iterable[Path], *, direct: bool = True) -> None:
+        self._open: dict[Path, _Open] = {}
+        try:
+            for path in files:
+                self._open[path] = _open(path, direct and _O_DIRECT != 0)
+        except OSError as error:
+            self.close()
+            raise CheckpointMissingError(
+                message("A shard cannot be opened.", where=error.filename, got=error.strerror)
+            ) from error
+
+    @property
+    def direct(self) -> bool:
+        """Whether every file is read past the page cache."""
+        return all(opened.direct for opened in self._open.values())
+
+    def read(self, path: Path, offset: int, nbytes: int, buffer: np.ndarray) -> np.ndarray:
+        """Read ``nbytes`` at ``offset`` and return them as a view into ``buffer``.
+
+        ``buffer`` is page-aligned uint8 (:func:`aligned_buffer`) of at least ``nbytes + 2 * BLOCK_BYTES``; its content
+        changes, the reader's state does not.
+
+        Raises
+        ------
+        ReadError
+            The file was truncated, replaced or unlinked since it was opened, or the device failed.
+        """
+        opened = self._open[path]
+        self._check_unchanged(path, opened)
+        start = offset // BLOCK_BYTES * BLOCK_BYTES
+        wanted = offset + nbytes - start
+        rounded = -(-wanted // BLOCK_BYTES) * BLOCK_BYTES
+        view = memoryview(buffer)
+        done = 0
+        while done < wanted:
+            try:
+                got = os.preadv(opened.fd, [view[done:rounded]], start + done)
+            except OSError as error:
+                if error.errno == errno.EINVAL and opened.direct:
+                    opened = self._open[path] = _reopen_buffered(path, opened)
+                    continue
+                raise ReadError(
+                    message("A read of expert weights failed.", where=f"{path}, byte {start + done}", got=error.strerror)
+                ) from error
+            if got == 0:
+                raise ReadError(
+                    message(
+                        "A shard is shorter than when it was opened.",
+                        where=path,
+                        got=f"{start + done} bytes",
+                        allowed=f"at least {offset + nbytes} bytes",
+                        step="Restore the file and load the model again.",
+                    )
+                )
+            done += got
+            if opened.direct and done < wanted:
+                done = done // BLOCK_BYTES * BLOCK_BYTES  # a short direct read must go on from a whole block
+        if not opened.direct:
+            _drop_pages(opened.fd, start, rounded)
+        return buffer[offset - start : offset - start + nbytes]
+
+    def _check_unchanged(self, path: Path, opened: _Open) -> None:
+        now = os.fstat(opened.fd)
+        if now.st_nlink and now.st_size == opened.size and now.st_mtime_ns == opened.changed_ns:
+            return
+        if not now.st_nlink:
+            what, got = "A shard was unlinked or replaced while the model was in use.", "no name left"
+        elif now.st_size < opened.size:
+            what, got = "A shard was truncated while the model was in use.", f"{now.st_size} of {opened.size} bytes"
+        else:
+            what, got = "A shard was written to while the model was in use.", f"{now.st_size} bytes"
+        raise ReadError(message(what, where=path, got=got, step="Restore the file and load the model again."))
+
+    def close(self) -> None:
+        """Close every file. May be called twice."""
+        for opened in self._open.values():
+            os.close(opened.fd)
+        self._open = {}
+
+
+def _open(path: Path, direct: bool) -> _Open:
+    flags = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+    if direct:
+        try:
+            fd = os.open(path, flags | _O_DIRECT)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            direct = False
+    if not direct:
+        fd = os.open(path, flags)
+    stat = os.fstat(fd)
+    return _Open(fd, stat.st_size, stat.st_mtime_ns, direct)
+
+
+def _reopen_buffered(path: Path, opened: _Open) -> _Open:
+    # Some file systems accept the flag and refuse the read. The old descriptor may serve another thread right now: it is
+    # pointed at the buffered file instead of being closed under it.
+    fresh = _open(path, direct=False)
+    os.dup2(fresh.fd, opened.fd)
+    os.close(fresh.fd)
+    return opened._replace(direct=False)
+
+
+def _drop_pages(fd: int, start: int, nbytes: int) -> None:
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(fd, start, nbytes, os.POSIX_FADV_DONTNEED)
+
+
+def drop_page_cache(files: Iterable[Path]) -> None:
+    """Ask the kernel to forget the cached pages of ``files``, which other reads of the checkpoint have left behind."""
+    for path in files:
+        fd = os.open(path, os.O_RDONLY)
+        try:
+            _drop_pages(fd, 0, 0)
+        finally:
+            os.close(fd)
