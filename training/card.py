@@ -102,7 +102,9 @@ def card(documents: list[Document], config: PreTrainedConfig, results: dict[str,
     E, K, L = config.num_experts, config.num_experts_per_tok, config.num_hidden_layers
     expert = 3 * config.hidden_size * config.moe_intermediate_size
     active = results["parameters"] - L * (E - K) * expert
-    per_domain = continuations["per_domain"]
+    settings = f"temperature {continuations['temperature']}, top-p {continuations['top_p']}, no `<eos>`"
+    cache, tokens = f"{routing['capacity_experts']} of {E} experts", f"{routing['tokens']:,}"
+    passes = training["tokens"] / training["held_in_tokens"]
     return f"""---
 license: cc-by-sa-4.0
 pipeline_tag: text-generation
@@ -194,24 +196,17 @@ bit for bit on one machine.
 All on held-out text; full figures in `results.json`. Loss is measured in windows of 256 tokens. Mean over domains:
 **{results["held_out_mean_nats_per_token"]:.3f} nats a token, {results["held_out_mean_bits_per_byte"]:.3f} bits a byte**.
 
-*Continuations*: {per_domain} a domain, {continuations["continuation_tokens"]} tokens sampled (temperature 0.8, top-p 0.95, no
-`<eos>`) after the first {
-        continuations["prompt_tokens"]
-    } tokens of held-out documents; tiny domains have fewer than ten held-out
-documents, which then serve again with other samples. A linear classifier on character n-grams, trained on held-in passages,
-names the domain from the continuation alone: **{continuations["accuracy_mean"]:.3f}** right on average,
+*Continuations*: {continuations["per_domain"]} a domain, {continuations["continuation_tokens"]} tokens sampled
+({settings}) after the first {continuations["prompt_tokens"]} tokens of held-out documents. Tiny domains have fewer
+held-out documents than that; these then serve again with other samples. A linear classifier on character n-grams, trained on
+held-in passages, names the domain from the continuation alone: **{continuations["accuracy_mean"]:.3f}** right on average,
 {min(continuations["accuracy"].values()):.1f} in the worst domain.
 
 {domain_results(results)}
 
 *Routing*: entropy of the expert load over log E (1 is even; "equal shares" counts every domain alike), and the hit rate of an
-LRU cache of {routing["capacity_experts"]} of {
-        E
-    } experts in each MoE layer, all K experts of a token judged on the state before it, over
-{
-        routing[
-            "tokens"
-        ]:,} tokens, whole documents in random order. Beside it the same tokens shuffled: equal load, no locality. Overall
+LRU cache of {cache} in each MoE layer, all K experts of a token judged on the state before it, over
+{tokens} tokens, whole documents in random order. Beside it the same tokens shuffled: equal load, no locality. Overall
 **{routing["lru_hit_rate"]:.3f} against {routing["lru_hit_rate_shuffled"]:.3f}: a lead of {routing["lru_lead"]:.3f}**. (With the
 documents domain after domain the hit rate is {routing["lru_hit_rate_documents_by_domain"]:.3f}.)
 
@@ -227,7 +222,9 @@ The first continuation of three domains, not chosen:
 - Its experts specialise by language and text kind more sharply than those of large models trained on mixed web text, so that
   small caches do better here than they will there. It shows that the machinery works; it does not predict another model's hits.
 - Most training windows had 256 tokens; far beyond that the text loses its thread.
-- Small domains were seen several times over, so that held-out loss there is limited by the data, not by the training time.
+- The budget was {
+        passes:.2f} times the held-in tokens, small domains more and large ones less: it is undertrained, and more time
+  would lower every loss.
 """
 
 

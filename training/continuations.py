@@ -21,11 +21,11 @@ TRAINING_PASSAGES_PER_DOMAIN = 250
 REAL_PASSAGES_PER_DOMAIN = 30
 
 
-def sample_passages(tokenizer: PreTrainedTokenizerFast, texts: list[str], count: int, rng: np.random.Generator) -> list[str]:
-    """Random passages as long as a continuation, out of documents joined by a line break."""
-    ids = tokenizer.backend_tokenizer.encode("\n".join(texts), add_special_tokens=False).ids
-    starts = rng.integers(len(ids) - CONTINUATION_TOKENS, size=count)
-    return [tokenizer.decode(ids[start : start + CONTINUATION_TOKENS]) for start in starts]
+def sample_passages(tokenizer: PreTrainedTokenizerFast, stream: np.ndarray, count: int, rng: np.random.Generator) -> list[str]:
+    """Random passages as long as a continuation, out of the token stream of one domain."""
+    starts = rng.integers(len(stream) - CONTINUATION_TOKENS, size=count)
+    passages = [stream[start : start + CONTINUATION_TOKENS] for start in starts]
+    return tokenizer.batch_decode(passages, skip_special_tokens=True)
 
 
 def train_classifier(passages: dict[str, list[str]]) -> Pipeline:
@@ -36,10 +36,15 @@ def train_classifier(passages: dict[str, list[str]]) -> Pipeline:
     return classifier.fit([text for texts in passages.values() for text in texts], labels)
 
 
-def held_out_prompts(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> list[list[int]]:
+def held_out_prompts(stream: np.ndarray, eos: int) -> list[list[int]]:
     """The first 40 tokens of ten held-out documents; with fewer long enough, documents come round again."""
-    encoded = (tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids for text in texts)
-    prompts = [ids[:PROMPT_TOKENS] for ids in encoded if len(ids) >= PROMPT_TOKENS]
+    ends = np.flatnonzero(stream == eos)
+    starts = [0, *(ends[:-1] + 1)]
+    prompts = [
+        stream[start : start + PROMPT_TOKENS].tolist()
+        for start, end in zip(starts, ends, strict=True)
+        if end - start >= PROMPT_TOKENS
+    ]
     return [prompts[index % len(prompts)] for index in range(CONTINUATIONS_PER_DOMAIN)]
 
 
@@ -61,21 +66,21 @@ def continue_prompts(
 def judge_continuations(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
-    held_in: dict[str, list[str]],
-    held_out: dict[str, list[str]],
+    held_in: dict[str, np.ndarray],
+    held_out: dict[str, np.ndarray],
     seed: int,
 ) -> dict[str, Any]:
     """Accuracy a domain on continuations and on real text, every confusion, and one sample a domain."""
     rng = np.random.default_rng(seed)
     classifier = train_classifier(
-        {domain: sample_passages(tokenizer, texts, TRAINING_PASSAGES_PER_DOMAIN, rng) for domain, texts in held_in.items()}
+        {domain: sample_passages(tokenizer, stream, TRAINING_PASSAGES_PER_DOMAIN, rng) for domain, stream in held_in.items()}
     )
     accuracy, real_accuracy, confusion, samples = {}, {}, {}, {}
-    for domain, texts in held_out.items():
-        prompts = held_out_prompts(tokenizer, texts)
+    for domain, stream in held_out.items():
+        prompts = held_out_prompts(stream, tokenizer.eos_token_id)
         continuations = continue_prompts(model, tokenizer, prompts, seed)
         predicted = classifier.predict(continuations).tolist()
-        real = classifier.predict(sample_passages(tokenizer, texts, REAL_PASSAGES_PER_DOMAIN, rng)).tolist()
+        real = classifier.predict(sample_passages(tokenizer, stream, REAL_PASSAGES_PER_DOMAIN, rng)).tolist()
         accuracy[domain] = predicted.count(domain) / len(predicted)
         real_accuracy[domain] = real.count(domain) / len(real)
         confusion[domain] = {other: predicted.count(other) for other in sorted(set(predicted))}
@@ -84,6 +89,8 @@ def judge_continuations(
         "per_domain": CONTINUATIONS_PER_DOMAIN,
         "prompt_tokens": PROMPT_TOKENS,
         "continuation_tokens": CONTINUATION_TOKENS,
+        "temperature": model.generation_config.temperature,
+        "top_p": model.generation_config.top_p,
         "accuracy": accuracy,
         "accuracy_mean": float(np.mean(list(accuracy.values()))),
         "accuracy_real_text": real_accuracy,

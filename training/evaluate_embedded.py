@@ -20,10 +20,10 @@ import sklearn
 import torch
 import transformers
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from training.continuations import judge_continuations
-from training.corpus import domain_texts, read_documents
+from training.corpus import domain_texts, read_documents, token_streams
 from training.locality import load_entropy, lru_hit_rate, shuffled_tokens
 
 WINDOW_TOKENS = 256
@@ -55,26 +55,24 @@ def score_stream(model: PreTrainedModel, ids: np.ndarray) -> tuple[float, np.nda
 
 
 def measure_text(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, texts: dict[str, list[str]]
+    model: PreTrainedModel, streams: dict[str, np.ndarray], texts: dict[str, list[str]]
 ) -> tuple[dict[str, Any], dict[str, list[np.ndarray]]]:
-    """Loss of each domain, and the routing of each document."""
+    """Loss of each domain, and the routing of each document; `streams` holds the tokens of `texts`, <eos> after each."""
     losses: dict[str, Any] = {}
     routing: dict[str, list[np.ndarray]] = {}
-    for domain, documents in texts.items():
-        encoded = tokenizer.backend_tokenizer.encode_batch(documents, add_special_tokens=False)
-        # The first <eos> gives the first real token a context; it counts for nothing itself.
-        pieces = [np.array([*e.ids, tokenizer.eos_token_id], np.int32) for e in encoded]
-        stream = np.concatenate([np.array([tokenizer.eos_token_id], np.int32), *pieces])
-        nats, chosen = score_stream(model, stream)
-        size_bytes = sum(len(text.encode()) for text in documents)
+    for domain, stream in streams.items():
+        eos = model.config.eos_token_id
+        # an <eos> before the first document gives its first token a context, as every other document has
+        nats, chosen = score_stream(model, np.concatenate([[eos], stream]))
+        size_bytes = sum(len(text.encode()) for text in texts[domain])
         losses[domain] = {
-            "documents": len(documents),
-            "tokens": len(stream) - 1,
+            "documents": len(texts[domain]),
+            "tokens": len(stream),
             "bytes": size_bytes,
-            "nats_per_token": nats / (len(stream) - 1),
+            "nats_per_token": nats / len(stream),
             "bits_per_byte": nats / math.log(2) / size_bytes,
         }
-        routing[domain] = np.split(chosen, np.cumsum([len(piece) for piece in pieces])[:-1])
+        routing[domain] = np.split(chosen, np.flatnonzero(stream == eos)[:-1] + 1)
         print(f"{domain:14} {losses[domain]['nats_per_token']:.3f} nats/token", file=sys.stderr)
     return losses, routing
 
@@ -118,7 +116,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--corpus", type=Path, required=True, help="the Parquet file that the model was trained on")
     parser.add_argument("--model", type=Path, default=PACKAGE_DATA, help="folder of the model")
-    parser.add_argument("--log", type=Path, default=Path("out/embedded/log.jsonl"), help="log of the training run")
+    parser.add_argument(
+        "--run", type=Path, default=Path("out/embedded"), help="folder of the training run: log and token cache"
+    )
     parser.add_argument("--out", type=Path, default=PACKAGE_DATA / "results.json")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
@@ -130,13 +130,15 @@ def main() -> None:
     started = time.monotonic()
     torch.set_num_threads(args.threads)
     documents = read_documents(args.corpus)
-    held_in, held_out = domain_texts(documents, held_out=False), domain_texts(documents, held_out=True)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
+    held_out_texts = domain_texts(documents, held_out=True)
+    held_in = token_streams(domain_texts(documents, held_out=False), tokenizer, args.run)
+    held_out = token_streams(held_out_texts, tokenizer, args.run)
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32, experts_implementation="grouped_mm").eval()
-    losses, routing = measure_text(model, tokenizer, held_out)
+    losses, routing = measure_text(model, held_out, held_out_texts)
     results = {
         "format_version": 1,
-        "training": training_summary(args.log),
+        "training": training_summary(args.run / "log.jsonl") | {"held_in_tokens": sum(map(len, held_in.values()))},
         "held_out": losses,
         "held_out_mean_nats_per_token": float(np.mean([loss["nats_per_token"] for loss in losses.values()])),
         "held_out_mean_bits_per_byte": float(np.mean([loss["bits_per_byte"] for loss in losses.values()])),
