@@ -11,6 +11,7 @@ from typing import NamedTuple, final
 import numpy as np
 
 from swapless.cache.policy import rules
+from swapless.cache.residency import may_go
 from swapless.errors import UsageError, message
 
 _RESCALE_ABOVE = 1e200
@@ -27,15 +28,16 @@ class LfuState(NamedTuple):
 
 
 def _on_access(state, residency, pool, key, hit, clock, phase):  # type: ignore[no-untyped-def]
-    num_experts = state.count.size // state.gain.size
-    moe_layer = key // num_experts
+    moe_layer = residency.layer_of_key[key]
     while state.seen[moe_layer] < residency.demand_sets[moe_layer]:
         state.seen[moe_layer] += 1
         state.gain[moe_layer] *= state.growth[0]
     if state.gain[moe_layer] > _RESCALE_ABOVE:  # all layers by one factor: a shared pool compares their counts
         factor = 1.0 / state.gain[moe_layer]
-        state.count[:] *= factor
-        state.gain[:] *= factor
+        for other in range(state.count.size):
+            state.count[other] *= factor
+        for other in range(state.gain.size):
+            state.gain[other] *= factor
     state.count[key] += state.gain[moe_layer]
 
 
@@ -43,7 +45,7 @@ def _victim(state, residency, pool, clock):  # type: ignore[no-untyped-def]
     best = np.int32(-1)
     lowest = np.inf
     for slot in range(residency.pool_start[pool], residency.pool_start[pool + 1]):
-        if residency.pinned[slot] != clock:
+        if may_go(residency, slot, clock):
             count = state.count[residency.key_of_slot[slot]]
             if count < lowest:
                 lowest = count

@@ -7,6 +7,7 @@ from typing import NamedTuple, final
 import numpy as np
 
 from swapless.cache.policy import rules
+from swapless.cache.residency import may_go
 
 
 class LruState(NamedTuple):
@@ -54,7 +55,7 @@ def _victim(state, residency, pool, clock):  # type: ignore[no-untyped-def]
     key = state.before[head]
     while key != head:
         slot = residency.slot_of_key[key]
-        if residency.pinned[slot] != clock:
+        if may_go(residency, slot, clock):
             return slot
         key = state.before[key]
     return np.int32(-1)

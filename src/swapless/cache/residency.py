@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+from numba import njit
 
 
 class Residency(NamedTuple):
@@ -16,7 +17,9 @@ class Residency(NamedTuple):
     ``free_slots`` holds each pool's free slots as a stack that begins at ``pool_start[p]`` with ``free_count[p]`` entries.
     ``pinned`` int64 (slots,): the clock of the demand set that must not lose the slot. ``used_in_decode`` uint8 (slots,):
     whether decode has asked for the slot's expert; prefill never evicts such a one. ``clock`` int64 (1,).
-    ``demand_sets`` int64 (L,): demand sets served a MoE layer, which in decode are its tokens.
+    ``demand_sets`` int64 (L,): demand sets served a MoE layer, which in decode are its tokens. ``held`` int32 (L,): slots each
+    MoE layer holds; ``floor`` int32 (1,): a layer that holds no more than this loses nothing to another; ``asking`` int64 (1,):
+    the MoE layer being served. ``layer_of_key`` int32 (L*E,) saves a division.
     """
 
     slot_of_key: np.ndarray
@@ -29,12 +32,17 @@ class Residency(NamedTuple):
     used_in_decode: np.ndarray
     clock: np.ndarray
     demand_sets: np.ndarray
+    held: np.ndarray
+    floor: np.ndarray
+    asking: np.ndarray
+    layer_of_key: np.ndarray
 
 
 def empty_residency(
-    num_moe_layers: int, num_experts: int, pool_of_layer: Sequence[int], pool_slots: Sequence[int]
+    num_moe_layers: int, num_experts: int, pool_of_layer: Sequence[int], pool_slots: Sequence[int], floor: int = 0
 ) -> Residency:
-    """All slots free. ``pool_of_layer`` names the pool of each MoE layer, ``pool_slots`` the slots of each pool."""
+    """All slots free. ``pool_of_layer`` names the pool of each MoE layer, ``pool_slots`` the slots of each pool, ``floor``
+    the slots that no other layer of its pool may take from one."""
     start = np.zeros(len(pool_slots) + 1, np.int32)
     start[1:] = np.cumsum(pool_slots)
     slots = int(start[-1])
@@ -53,7 +61,22 @@ def empty_residency(
         used_in_decode=np.zeros(slots, np.uint8),
         clock=np.zeros(1, np.int64),
         demand_sets=np.zeros(num_moe_layers, np.int64),
+        held=np.zeros(num_moe_layers, np.int32),
+        floor=np.array([floor], np.int32),
+        asking=np.zeros(1, np.int64),
+        layer_of_key=np.repeat(np.arange(num_moe_layers, dtype=np.int32), num_experts),
     )
+
+
+@njit(cache=True, nogil=True, _nrt=False, error_model="numpy")
+def may_go(residency: Any, slot: Any, clock: Any) -> Any:
+    """Whether the expert in ``slot`` may be evicted now: not pinned, and its layer above the floor."""
+    if residency.pinned[slot] == clock:
+        return False
+    if residency.floor[0] > 0:
+        moe_layer = residency.layer_of_key[residency.key_of_slot[slot]]
+        return moe_layer == residency.asking[0] or residency.held[moe_layer] > residency.floor[0]
+    return True
 
 
 def layer_pools(num_moe_layers: int, num_experts: int, slots: int) -> tuple[list[int], list[int]]:

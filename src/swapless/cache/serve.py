@@ -24,21 +24,20 @@ STREAMED = -1
 
 @njit(cache=True, nogil=True)
 def demand_order(ids: Any, num_experts: int, distinct: Any, tokens: Any) -> int:
-    """Distinct experts of ``ids`` (any shape, flattened), most used first, then by lower id.
+    """Distinct experts of ``ids`` (any shape, flattened), most used first, then as first named.
 
     Writes them to ``distinct`` and their uses to ``tokens`` (both int32 of length >= E); returns how many. Ids outside
-    [0, E) stand for no expert and are passed over.
+    [0, E) stand for no expert and are passed over. For one token this is the order of its list.
     """
     count = np.zeros(num_experts, np.int32)
-    for expert in ids.flat:
-        if 0 <= expert < num_experts:
-            count[expert] += 1
     n = 0
     most = 0
-    for expert in range(num_experts):
-        if count[expert] > 0:
-            distinct[n] = expert
-            n += 1
+    for expert in ids.flat:
+        if 0 <= expert < num_experts:
+            if count[expert] == 0:
+                distinct[n] = expert
+                n += 1
+            count[expert] += 1
             most = max(most, count[expert])
     if most > 1:
         order = np.argsort(-count[distinct[:n]], kind="mergesort")
@@ -48,7 +47,7 @@ def demand_order(ids: Any, num_experts: int, distinct: Any, tokens: Any) -> int:
     return n
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, _nrt=False, error_model="numpy")
 def serve(
     state: Any,
     residency: Any,
@@ -61,7 +60,7 @@ def serve(
     wave: Any,
     evicted: Any,
 ) -> int:
-    """Serve the distinct ``experts`` of one demand set, in order of importance.
+    """Serve the distinct ``experts`` of one demand set: all are judged first, then touched in the order given.
 
     Writes for each whether it ``hit`` (uint8), its ``slot`` (int32, -1 = streamed), its ``wave`` (int32) and the key it
     ``evicted`` (int32, -1 = none); returns the number of waves. State and residency change.
@@ -70,6 +69,7 @@ def serve(
     first, end = residency.pool_start[pool], residency.pool_start[pool + 1]
     residency.clock[0] += 1
     residency.demand_sets[moe_layer] += 1
+    residency.asking[0] = moe_layer
     clock = residency.clock[0]
     base = moe_layer * num_experts
     n = len(experts)
@@ -77,24 +77,24 @@ def serve(
         s = residency.slot_of_key[base + experts[i]]
         hit[i] = s >= 0
         slot[i] = s
-        wave[i] = 0
-        evicted[i] = -1
         if s >= 0:
             residency.pinned[s] = clock
             if phase != _PREFILL:
                 residency.used_in_decode[s] = 1
-    # The most important expert is touched last, so that recency agrees with importance.
-    for i in range(n - 1, -1, -1):
-        on_access(state, residency, pool, base + experts[i], hit[i] != 0, clock, phase)
     if phase == _PREFILL:
         for s in range(first, end):
             if residency.used_in_decode[s]:
                 residency.pinned[s] = clock
     waves = 1
     for i in range(n):
+        key = base + experts[i]
+        wave[i] = 0
+        evicted[i] = -1
+        # In a later wave an expert that hit may already have gone again: its slot was used in the first wave.
+        resident = hit[i] != 0 and (waves == 1 or residency.slot_of_key[key] >= 0)
+        on_access(state, residency, pool, key, resident, clock, phase)
         if hit[i]:
             continue
-        key = base + experts[i]
         s = np.int32(-1)
         if residency.free_count[pool] > 0:
             residency.free_count[pool] -= 1
@@ -109,6 +109,7 @@ def serve(
             if s >= 0:
                 old = residency.key_of_slot[s]
                 residency.slot_of_key[old] = -1
+                residency.held[residency.layer_of_key[old]] -= 1
                 evicted[i] = old
                 on_evict(state, residency, pool, old, clock)
         wave[i] = waves - 1
@@ -116,6 +117,7 @@ def serve(
         if s >= 0:
             residency.slot_of_key[key] = s
             residency.key_of_slot[s] = key
+            residency.held[moe_layer] += 1
             residency.pinned[s] = clock
             residency.used_in_decode[s] = phase != _PREFILL
             on_insert(state, residency, pool, key, clock, phase)
@@ -189,6 +191,7 @@ class ExpertCache:
             residency.slot_of_key[key] = -1
             residency.key_of_slot[slot] = -1
             residency.used_in_decode[slot] = 0
+            residency.held[moe_layer] -= 1
             residency.free_slots[residency.pool_start[pool] + residency.free_count[pool]] = slot
             residency.free_count[pool] += 1
             _evicted(self._state, residency, pool, key)
