@@ -10,7 +10,7 @@ _LAZY = {
     "Stats": "swapless.runtime.stats",
     "describe": "swapless.runtime.open",
     "load": "swapless.runtime.model",
-    "verify": "swapless.runtime.verify",
+    "verify": "swapless.runtime.verification",
 }
 __all__ = sorted(_LAZY)
 

@@ -8,6 +8,7 @@ of transformers' declarative conversion table, in its own words, so that no fami
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from safetensors import safe_open
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
@@ -133,6 +135,35 @@ class _Origin:
             convert = self._conversion(parameter, patterns, shapes, types, merges)
         return ParameterSource(tuple(extents), parameter.slot_offset, parameter.nbytes, convert)
 
+    def reference(self, experts: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """The stacked parameter of ``experts``, read by safetensors and built by transformers alone."""
+        merges = self.merges()
+        collected: Any = {}
+        for pattern, refs in self.refs.items():
+            if merges:
+                collected[pattern] = [_read_reference(refs[expert]) for expert in experts]
+            else:
+                collected[pattern] = [torch.stack([_read_reference(refs[0], expert) for expert in experts])]
+        if self.converter is None:
+            stacked = next(iter(collected.values()))[0]
+        else:
+            stacked = self._convert(self.converter, collected, len(experts))
+        return stacked.to(dtype).clone(memory_format=torch.contiguous_format)
+
+    def _convert(self, converter: WeightConverter, collected: Any, experts: int) -> torch.Tensor:
+        for op in converter.operations:  # transformers' own operations, on a stack of a few experts
+            collected = op.convert(
+                collected,
+                source_patterns=converter.source_patterns,
+                target_patterns=converter.target_patterns,
+                full_layer_name=self.full_name,
+                model=_FewExperts(self.skeleton, experts),
+                config=self.skeleton.config,
+                missing_keys=None,
+            )
+        result = next(iter(collected.values()))
+        return result[0] if isinstance(result, list) else result
+
     def _plain(self) -> bool:
         # Merging experts and concatenating along the first axis of each leave every source tensor's bytes in one piece.
         if self.converter is None:
@@ -157,32 +188,42 @@ class _Origin:
             if self.converter is None:
                 result = tensors[0][None]
             else:
-                collected: Any = {p: [t if merges else t[None]] for p, t in zip(patterns, tensors, strict=True)}
-                for op in self.converter.operations:  # transformers' own operations, on a stack of one expert
-                    collected = op.convert(
-                        collected,
-                        source_patterns=self.converter.source_patterns,
-                        target_patterns=self.converter.target_patterns,
-                        full_layer_name=self.full_name,
-                        model=_OneExpert(self.skeleton),
-                        config=self.skeleton.config,
-                        missing_keys=None,
-                    )
-                result = next(iter(collected.values()))
-                result = result[0] if isinstance(result, list) else result
+                stacks = {p: [t if merges else t[None]] for p, t in zip(patterns, tensors, strict=True)}
+                result = self._convert(self.converter, stacks, 1)
             torch.from_numpy(out).view(parameter.dtype).view(1, *parameter.shape).copy_(result)
 
         return convert
 
 
-class _OneExpert:
-    """Answers the shape questions of conversion operations as if the model had a single expert."""
+class _FewExperts:
+    """Answers the shape questions of conversion operations as if the model had only so many experts."""
 
-    def __init__(self, skeleton: PreTrainedModel) -> None:
+    def __init__(self, skeleton: PreTrainedModel, experts: int) -> None:
         self._skeleton = skeleton
+        self._experts = experts
 
     def get_parameter(self, name: str) -> torch.Tensor:
-        return torch.empty((1, *self._skeleton.get_parameter(name).shape[1:]), device="meta")
+        return torch.empty((self._experts, *self._skeleton.get_parameter(name).shape[1:]), device="meta")
+
+
+def _read_reference(ref: TensorRef, expert: int | None = None) -> torch.Tensor:
+    with safe_open(ref.file, framework="pt") as file:
+        return file.get_tensor(ref.key) if expert is None else file.get_slice(ref.key)[expert]
+
+
+def reference_experts(module: torch.nn.Module, layer: MoeLayer, experts: Sequence[int], dtype: torch.dtype) -> torch.nn.Module:
+    """A copy of an experts module that holds ``experts`` alone and runs as transformers' eager does.
+
+    Ids of its input count places in ``experts``. Nothing of our read path is used: it is what ours is held against.
+    """
+    reference: Any = copy.copy(module)
+    reference._parameters = dict(module._parameters)
+    for name, origin in layer.origins.items():
+        reference._parameters[name] = torch.nn.Parameter(origin.reference(experts, dtype), requires_grad=False)
+    reference.config = copy.copy(module.config)
+    reference.config._experts_implementation = "eager"
+    reference.num_experts = len(experts)
+    return reference
 
 
 def is_experts(module: torch.nn.Module) -> bool:
@@ -207,7 +248,7 @@ def model_class(config: Any) -> type[PreTrainedModel]:
         transformers has no such class (remote code only, or no language model).
     """
     found = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
-    candidates = list(found) if isinstance(found, (list, tuple)) else [found] if found else []
+    candidates: list[Any] = list(found) if isinstance(found, (list, tuple)) else [found] if found else []
     architectures = list(getattr(config, "architectures", None) or [])
     for name in architectures:
         for candidate in candidates:
@@ -300,7 +341,7 @@ def checkpoint_layout(meta: PreTrainedModel, refs: Mapping[str, TensorRef], dtyp
     )
 
 
-def _moe_layer(path: str, module: torch.nn.Module, origins: Mapping[str, _Origin], dtype: torch.dtype) -> MoeLayer:
+def _moe_layer(path: str, module: Any, origins: Mapping[str, _Origin], dtype: torch.dtype) -> MoeLayer:
     parameters = []
     offset = 0
     mine = {}
@@ -392,7 +433,7 @@ def strip_experts(model: PreTrainedModel) -> None:
         if is_experts(module):
             for name in list(_expert_parameters(module)):
                 module._parameters[name] = None
-            module._is_hf_initialized = True  # else weight initialisation would touch the parameters that are gone
+            module._is_hf_initialized = True  # type: ignore[assignment]  # else weight initialisation would touch the parameters that are gone
 
 
 def experts_of(model: PreTrainedModel) -> Iterator[tuple[str, torch.nn.Module]]:

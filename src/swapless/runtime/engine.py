@@ -8,7 +8,7 @@ expert id and no expert's tokens are split, so the result does not depend on wha
 from __future__ import annotations
 
 import time
-from collections import Counter, deque
+from collections import defaultdict, deque
 from typing import Any
 
 import torch
@@ -80,7 +80,7 @@ class Engine:
 
     def reset_stats(self) -> None:
         """Start counting afresh; cache and trace stay as they are. The peak of memory is of the process and stays too."""
-        self._counts: Counter[Any] = Counter()
+        self._counts: dict[str, Any] = defaultdict(int)
         self._first_token_s: float | None = None
 
     def trace(self) -> Trace:
@@ -138,6 +138,11 @@ class Engine:
         else:
             self._first_token_s = seconds
 
+    def abandon_step(self) -> None:
+        """Leave a forward call that is not the whole model's: its routing is not kept and its time not counted."""
+        self._routing.abandon()
+        self._step_started = None
+
     def forward(self, module: Any, hidden_TD: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
         """The experts' share of one MoE block, as transformers' experts interface has it."""
         if torch.compiler.is_compiling():
@@ -181,7 +186,7 @@ class Engine:
     ) -> torch.Tensor:
         slot_of = dict(zip(served.experts.tolist(), served.slot.tolist(), strict=True))
         waves: list[list[int]] = [[] for _ in range(served.waves)]
-        residents = []
+        residents: list[int] = []
         for expert, hit, wave in zip(served.experts.tolist(), served.hit.tolist(), served.wave.tolist(), strict=True):
             (residents if hit else waves[wave]).append(expert)
         outputs: dict[int, torch.Tensor] = {}
@@ -212,7 +217,7 @@ class Engine:
         hidden_TD: torch.Tensor,
         weights_TK: torch.Tensor,
     ) -> torch.Tensor:
-        slot_of = dict(zip(served.experts.tolist(), served.slot.tolist(), strict=True))
+        slot_of: dict[int, int] = dict(zip(served.experts.tolist(), served.slot.tolist(), strict=True))
         hits = {expert for expert, hit in zip(served.experts.tolist(), served.hit.tolist(), strict=True) if hit}
         to_read = deque(sorted(expert for expert in slot_of if expert not in hits))
         free_staging = list(self._staging)
@@ -234,7 +239,7 @@ class Engine:
         for expert in sorted(slot_of):
             while expert not in here:
                 here.add(self._arrival().expert)
-            slot = streamed.get(expert, slot_of[expert])
+            slot = streamed[expert] if expert in streamed else slot_of[expert]
             y_ND = expert_output(module, self._pool.parameters(moe_layer, slot), hidden_TD[rows[expert].token])
             add_weighted(out_TD, y_ND, weights_TK, rows[expert])
             if expert in streamed:
@@ -269,5 +274,4 @@ class Engine:
         experts = served.experts[served.hit == 0].copy()
         self._loader.drain()
         self._cache.forget(moe_layer, experts)
-        self._routing.abandon()
-        self._step_started = None
+        self.abandon_step()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from swapless.cache.serve import ExpertCache
 from swapless.errors import CheckpointCorruptError, UsageError, message
 from swapless.notation import Phase
 from swapless.runtime.budget import Budget, plan_budget
-from swapless.runtime.door import IMPLEMENTATION, experts_of
+from swapless.runtime.door import IMPLEMENTATION, MoeLayer, experts_of
 from swapless.runtime.dry import activation_bytes, dry_run
 from swapless.runtime.engine import Engine
 from swapless.runtime.memory import MemoryMeter, available_bytes
@@ -28,8 +28,8 @@ from swapless.runtime.pool import SlotPool, slot_bytes
 from swapless.runtime.routing import RoutingLog
 from swapless.runtime.source import checkpoint_folder
 from swapless.runtime.steps import StepHooks
-from swapless.store.checkpoint import CheckpointStore
-from swapless.store.probe import probe
+from swapless.store.checkpoint import CheckpointStore, Extent
+from swapless.store.probe import Probe, probe
 from swapless.store.read import FileReader, drop_page_cache
 from swapless.trace import TraceHeader
 from swapless.units import parse_share, parse_size
@@ -127,12 +127,9 @@ def load(
     report("measuring", 0.7)
     _warm_kernels(chosen)
     dry = dry_run(model)
-    reader = FileReader(sorted({extent.file for layer in layers for extent in _files(layer)}))
-    store = CheckpointStore(
-        lambda moe_layer, expert: layers[moe_layer].sources(expert), reader, [(i, 0) for i in range(len(layers))]
-    )
+    store = _open_store(layers)
     drop_page_cache(opened.files)
-    measured = probe(reader, _sample_extents(store, layers))
+    measured = probe(store.reader, _sample_extents(store, layers))
     now_bytes = meter.now_bytes()
     fixed |= {
         "loading": max(0, now_bytes - sum(fixed.values())),
@@ -157,7 +154,7 @@ def _target(memory: str | int | None, resident: str | float | None) -> tuple[int
         raise UsageError(message("Give either memory or resident, not both.", got=f"memory={memory!r}, resident={resident!r}"))
     if resident is not None:
         return None, parse_share(resident)
-    return (None if memory in (None, "auto") else parse_size(memory)), None  # type: ignore[arg-type]
+    return (None if memory is None or memory == "auto" else parse_size(memory)), None
 
 
 def _context(context: int | None, config: Any) -> int:
@@ -178,7 +175,7 @@ def _load_non_experts(opened: OpenCheckpoint, attn_implementation: str | None) -
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()  # it would list every expert as unexpected
     try:
-        model, info = offloaded_class(opened.cls).from_pretrained(
+        loaded: Any = offloaded_class(opened.cls).from_pretrained(
             opened.folder,
             dtype=opened.layout.dtype,
             experts_implementation=IMPLEMENTATION,
@@ -194,6 +191,7 @@ def _load_non_experts(opened: OpenCheckpoint, attn_implementation: str | None) -
         transformers_logging.set_verbosity(verbosity)
         if bars:
             transformers_logging.enable_progress_bar()
+    model, info = loaded  # a pair, since the loading info was asked for
     missing, mismatched = sorted(info["missing_keys"]), sorted(map(str, info.get("mismatched_keys", ())))
     if missing or mismatched:
         raise CheckpointCorruptError(
@@ -225,14 +223,19 @@ def _warm_kernels(policy: Policy) -> None:
     cache.forget(0, np.zeros(1, np.int32))
 
 
-def _files(layer: Any) -> list[Any]:
-    return [extent for expert in range(layer.num_experts) for source in layer.sources(expert) for extent in source.extents]
+def _all_experts(layers: Sequence[MoeLayer]) -> list[tuple[int, int]]:
+    return [(moe_layer, expert) for moe_layer, layer in enumerate(layers) for expert in range(layer.num_experts)]
 
 
-def _sample_extents(store: CheckpointStore, layers: Any, most: int = 256) -> list[Any]:
-    rng = np.random.default_rng(0)
-    everyone = [(i, expert) for i, layer in enumerate(layers) for expert in range(layer.num_experts)]
-    chosen = rng.permutation(len(everyone))[:most]
+def _open_store(layers: Sequence[MoeLayer]) -> CheckpointStore:
+    everyone = _all_experts(layers)
+    files = {extent.file for i, e in everyone for source in layers[i].sources(e) for extent in source.extents}
+    return CheckpointStore(lambda moe_layer, expert: layers[moe_layer].sources(expert), FileReader(sorted(files)), everyone)
+
+
+def _sample_extents(store: CheckpointStore, layers: Sequence[MoeLayer], most: int = 256) -> list[Extent]:
+    everyone = _all_experts(layers)
+    chosen = np.random.default_rng(0).permutation(len(everyone))[:most]
     return [extent for index in chosen for extent in store.extents(*everyone[index])]
 
 
@@ -241,7 +244,7 @@ def _engine(
     policy: Policy,
     store: CheckpointStore,
     budget: Budget,
-    measured: Any,
+    measured: Probe,
     meter: MemoryMeter,
     model_id: str,
     top_k: int,

@@ -7,7 +7,7 @@ as possible, and copied from the bounce buffer to their places in the slot.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -57,20 +57,21 @@ class CheckpointStore:
         The plan of one expert.
     reader : FileReader
         Its files must cover every extent. The store owns it from now on.
-    example_experts : sequence of (int, int)
-        Experts whose plans say how large a bounce buffer must be: one a MoE layer, since the experts of a layer are alike.
+    experts : iterable of (int, int)
+        Every (moe_layer, expert): how far the parts of an expert lie apart may differ between them, and with it the
+        bounce buffer that they need.
     """
 
     def __init__(
         self,
         sources: Callable[[int, int], Sequence[ParameterSource]],
         reader: FileReader,
-        example_experts: Sequence[tuple[int, int]],
+        experts: Iterable[tuple[int, int]],
     ) -> None:
         self._sources = sources
         self._plans: dict[tuple[int, int], tuple[Sequence[ParameterSource], list[_Run]]] = {}
         self.reader = reader
-        self.bounce_bytes = max(_bounce_bytes(self._plan(*expert)[1]) for expert in example_experts)
+        self.bounce_bytes = max(_bounce_bytes(_runs(sources(*expert))) for expert in experts)
 
     def _plan(self, moe_layer: int, expert: int) -> tuple[Sequence[ParameterSource], list[_Run]]:
         key = (moe_layer, expert)

@@ -29,8 +29,9 @@ _MAX_HEADER_BYTES = 100_000_000
 
 
 class TensorRef(NamedTuple):
-    """Where one tensor lies: absolute byte ``offset`` in ``file``, its ``nbytes``, safetensors ``dtype`` and ``shape``."""
+    """Where tensor ``key`` lies: absolute byte ``offset`` in ``file``, its ``nbytes``, safetensors ``dtype`` and ``shape``."""
 
+    key: str
     file: Path
     dtype: str
     shape: tuple[int, ...]
@@ -208,7 +209,7 @@ def _checked_ref(shard: Path, key: str, entry: Any, data_start: int, size: int) 
                 step=_AGAIN,
             )
         )
-    return TensorRef(shard, dtype, shape, data_start + begin, expected)
+    return TensorRef(key, shard, dtype, shape, data_start + begin, expected)
 
 
 def _read_json_object(path: Path) -> dict[str, Any]:

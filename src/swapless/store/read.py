@@ -94,7 +94,7 @@ class FileReader:
         start = offset // BLOCK_BYTES * BLOCK_BYTES
         wanted = offset + nbytes - start
         rounded = -(-wanted // BLOCK_BYTES) * BLOCK_BYTES
-        view = memoryview(buffer)
+        view = buffer.data
         done = 0
         while done < wanted:
             try:

@@ -1,0 +1,137 @@
+"""Hold our experts against transformers' eager ones, layer by layer, every expert, inside the budget.
+
+The reference reads the checkpoint by safetensors and computes with transformers' own code; ours goes through direct reads,
+slots and the block loop. Both get the same inputs, as prefill and as decode, at one thread, and must agree in every bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from swapless.errors import BudgetError, message
+from swapless.notation import Phase
+from swapless.runtime.door import MoeLayer, experts_of, reference_experts
+from swapless.runtime.model import load
+from swapless.runtime.open import open_checkpoint
+from swapless.runtime.routing import Step
+from swapless.runtime.source import checkpoint_folder
+from swapless.units import format_size, parse_size
+
+_TOKENS = 8
+_MOST_AT_ONCE = 8
+"""Experts of the reference held at once, where the budget allows."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerResult:
+    """One MoE layer held against the reference: whether all outputs agree in every bit, and the largest difference."""
+
+    moe_layer: int
+    block: int
+    experts_compared: int
+    identical: bool
+    max_abs_difference: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+
+@torch.no_grad()
+def verify(
+    checkpoint: str | Path, memory: str | int | None = None, *, policy: str = "lru", seed: int = 0
+) -> Iterator[LayerResult]:
+    """Yield a result a MoE layer of ``checkpoint``, a local folder or hub id.
+
+    Parameters
+    ----------
+    memory : str or int, optional
+        Budget of the whole process, the reference's experts included; all that is available by default.
+    seed : int
+        Of the random inputs.
+
+    Raises
+    ------
+    BudgetError
+        The budget holds no model beside one reference expert.
+    CheckpointError, UnsupportedFamilyError
+        As :func:`swapless.load`.
+    """
+    folder = checkpoint_folder(checkpoint)
+    opened = open_checkpoint(folder)
+    layers = opened.layout.moe_layers
+    expert_bytes = max(layer.expert_bytes for layer in layers)
+    at_once, budget = _MOST_AT_ONCE, None if memory is None or memory == "auto" else parse_size(memory)
+    model: Any = None
+    while model is None:
+        # Twice: while an expert of the reference is built, its parts exist beside the whole.
+        reserve = 2 * at_once * expert_bytes
+        try:
+            if budget is not None and budget <= reserve:
+                raise BudgetError(message("The budget does not hold the reference.", got=format_size(budget)))
+            model = load(folder, None if budget is None else budget - reserve, policy=policy, context=_TOKENS * 2)
+        except BudgetError:
+            if at_once == 1:
+                raise
+            at_once //= 2
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for moe_layer, (_, module) in enumerate(experts_of(model)):
+            yield _compare(model, module, layers[moe_layer], moe_layer, at_once, opened.experts_a_token // len(layers), seed)
+    finally:
+        torch.set_num_threads(threads)
+        model.swapless.close()
+
+
+def _compare(model: Any, module: Any, layer: MoeLayer, moe_layer: int, at_once: int, top_k: int, seed: int) -> LayerResult:
+    generator = torch.Generator().manual_seed(seed + moe_layer)
+    hidden_size = model.config.get_text_config().hidden_size
+    largest, identical = 0.0, True
+    for first in range(0, layer.num_experts, at_once):
+        experts = range(first, min(first + at_once, layer.num_experts))
+        reference = reference_experts(module, layer, experts, model.dtype)
+        hidden_TD = torch.randn(_TOKENS, hidden_size, generator=generator).to(model.dtype)
+        places_TK = _routing(len(experts), min(top_k, len(experts)), generator)
+        weights_TK = torch.rand(places_TK.shape, generator=generator).to(model.dtype)
+        expected = reference(hidden_TD, places_TK, weights_TK)
+        for phase in (Phase.PREFILL, Phase.DECODE):
+            model.swapless.begin_step(_step(phase))
+            got = module(hidden_TD, places_TK + first, weights_TK)
+            model.swapless.abandon_step()
+            difference = (got.float() - expected.float()).abs().max().item()
+            largest = max(largest, difference)
+            identical &= torch.equal(got, expected)
+    return LayerResult(
+        moe_layer=moe_layer,
+        block=layer.block,
+        experts_compared=layer.num_experts,
+        identical=identical,
+        max_abs_difference=largest,
+    )
+
+
+def _routing(experts: int, top_k: int, generator: torch.Generator) -> torch.Tensor:
+    # Every expert at least once, then at random, never one twice for a token.
+    rows = [torch.randperm(experts, generator=generator)[:top_k] for _ in range(_TOKENS)]
+    for expert in range(experts):
+        row = rows[expert % _TOKENS]
+        if expert not in row:
+            row[expert // _TOKENS % top_k] = expert
+    return torch.stack(rows)
+
+
+def _step(phase: Phase) -> Step:
+    rows = np.arange(_TOKENS, dtype=np.int32)
+    return Step(phase, np.zeros(_TOKENS, np.int32), rows, np.ones(_TOKENS, bool), None)
+
+
+def all_identical(results: Sequence[LayerResult]) -> bool:
+    """Whether every layer agrees in every bit."""
+    return all(result.identical for result in results)
