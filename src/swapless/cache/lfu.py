@@ -18,10 +18,10 @@ _RESCALE_ABOVE = 1e200
 
 
 class LfuState(NamedTuple):
-    """``count`` float64 (L*E,): faded uses; ``gain`` float64 (L,): weight of a use now; ``seen`` int64 (L,): demand sets
+    """``uses`` float64 (L*E,): faded uses; ``gain`` float64 (L,): weight of a use now; ``seen`` int64 (L,): demand sets
     already faded; ``growth`` float64 (1,): ``1 / decay``."""
 
-    count: np.ndarray
+    uses: np.ndarray
     gain: np.ndarray
     seen: np.ndarray
     growth: np.ndarray
@@ -34,11 +34,11 @@ def _on_access(state, residency, pool, key, hit, clock, phase):  # type: ignore[
         state.gain[moe_layer] *= state.growth[0]
     if state.gain[moe_layer] > _RESCALE_ABOVE:  # all layers by one factor: a shared pool compares their counts
         factor = 1.0 / state.gain[moe_layer]
-        for other in range(state.count.size):
-            state.count[other] *= factor
+        for other in range(state.uses.size):
+            state.uses[other] *= factor
         for other in range(state.gain.size):
             state.gain[other] *= factor
-    state.count[key] += state.gain[moe_layer]
+    state.uses[key] += state.gain[moe_layer]
 
 
 def _victim(state, residency, pool, clock):  # type: ignore[no-untyped-def]
@@ -46,7 +46,7 @@ def _victim(state, residency, pool, clock):  # type: ignore[no-untyped-def]
     lowest = np.inf
     for slot in range(residency.pool_start[pool], residency.pool_start[pool + 1]):
         if may_go(residency, slot, clock):
-            count = state.count[residency.key_of_slot[slot]]
+            count = state.uses[residency.key_of_slot[slot]]
             if count < lowest:
                 lowest = count
                 best = np.int32(slot)
@@ -81,7 +81,7 @@ class Lfu:
     def state(self, num_moe_layers: int, num_experts: int, pools: int) -> LfuState:
         """No uses yet."""
         return LfuState(
-            count=np.zeros(num_moe_layers * num_experts),
+            uses=np.zeros(num_moe_layers * num_experts),
             gain=np.ones(num_moe_layers),
             seen=np.zeros(num_moe_layers, np.int64),
             growth=np.array([1 / self.decay]),

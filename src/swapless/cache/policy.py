@@ -3,19 +3,25 @@
 A policy is a file with three parts: a ``NamedTuple`` of arrays, which is its whole state; compiled rules over that state,
 registered for its type with :func:`rules`; and a final class with a ``name`` and a ``state`` method that builds a fresh state
 for a shape. ``key`` is ``moe_layer * E + expert``. ``clock`` grows with every demand set and wave; ``residency`` is the
-:class:`~swapless.cache.residency.Residency` that the rules may read and never change.
+:class:`~swapless.cache.residency.Residency` that the rules may read and never change. Rules allocate nothing.
 
 ``on_access(state, residency, pool, key, hit, clock, phase)``
-    A request for ``key`` was judged: called once a distinct expert of a demand set, hits and misses alike.
+    A request for ``key`` was judged: called once a distinct expert of a demand set, hits and misses alike, in list order.
 ``on_insert(state, residency, pool, key, clock, phase)``
-    ``key`` was given a slot.
+    ``key``, which missed, was given a slot.
 ``on_evict(state, residency, pool, key, clock)``
     ``key`` left its slot.
 ``victim(state, residency, pool, clock)``
-    The slot of ``pool`` whose expert goes, or -1 if every expert there is pinned (``residency.pinned[slot] == clock``).
-    Called only when the pool has no free slot.
+    The slot of ``pool`` whose expert goes, or -1 if none :func:`~swapless.cache.residency.may_go`. Called only when the pool
+    has no free slot.
 ``admit(state, residency, pool, key, clock, phase)``
     Whether ``key``, a miss, may take a slot by eviction. A free slot is always taken.
+``on_scores(state, residency, moe_layer, scores)``
+    The router's output for all E experts (float32), once a token, before its demand set is served; only where they are known.
+``on_document(state, residency)``
+    A new text begins.
+``arrange(state, residency, base, experts)``
+    Put the demand set (``experts + base`` are its keys) into the order in which it is served. For the optima, in replay only.
 
 A policy counts nothing: the replay and the engine count.
 """
@@ -27,9 +33,15 @@ from typing import Any, NamedTuple, Protocol
 
 from numba.extending import overload
 
+from swapless.cache.compiled import OPTIONS
+
 
 class Policy(Protocol):
-    """What the registry hands out: a name, and a fresh state for a shape."""
+    """What the registry hands out: a name, and a fresh state for a shape.
+
+    A class attribute ``needs_scores = True`` says that the policy works only where ``on_scores`` is fed, ``optimum = True``
+    that it knows the future and serves as a bound, in the replay only.
+    """
 
     name: str
 
@@ -38,42 +50,34 @@ class Policy(Protocol):
         ...
 
 
-# Rules allocate nothing, so numba may leave reference counts out: with them (an atomic operation for each of some twenty
-# arrays, several times a request) a replay is twenty times slower.
-COMPILE = {"nogil": True, "_nrt": False, "error_model": "numpy"}
+def _rule(name: str) -> Callable[..., Any]:
+    def unregistered(state: Any, *_: Any) -> Any:
+        raise TypeError(f"no {name} rule for {type(state).__name__}: the rules run in compiled code only")
+
+    unregistered.__name__ = name
+    unregistered.__doc__ = "Rule of the contract; see the module's text."
+    return unregistered
+
 
 # These bodies never run: compiled code takes the rule registered for the state's own type.
-def on_access(state: Any, residency: Any, pool: Any, key: Any, hit: Any, clock: Any, phase: Any) -> Any:
-    """Rule of the contract; see the module's text."""
-    raise TypeError(f"no on_access rule for {type(state).__name__}")
+on_access = _rule("on_access")
+on_insert = _rule("on_insert")
+on_evict = _rule("on_evict")
+victim = _rule("victim")
+admit = _rule("admit")
+on_scores = _rule("on_scores")
+on_document = _rule("on_document")
+arrange = _rule("arrange")
 
-
-def on_insert(state: Any, residency: Any, pool: Any, key: Any, clock: Any, phase: Any) -> Any:
-    """Rule of the contract; see the module's text."""
-    raise TypeError(f"no on_insert rule for {type(state).__name__}")
-
-
-def on_evict(state: Any, residency: Any, pool: Any, key: Any, clock: Any) -> Any:
-    """Rule of the contract; see the module's text."""
-    raise TypeError(f"no on_evict rule for {type(state).__name__}")
-
-
-def victim(state: Any, residency: Any, pool: Any, clock: Any) -> Any:
-    """Rule of the contract; see the module's text."""
-    raise TypeError(f"no victim rule for {type(state).__name__}")
-
-
-def admit(state: Any, residency: Any, pool: Any, key: Any, clock: Any, phase: Any) -> Any:
-    """Rule of the contract; see the module's text."""
-    raise TypeError(f"no admit rule for {type(state).__name__}")
-
-
-_CONTRACT: dict[str, Callable[..., Any]] = {
-    "on_access": on_access,
-    "on_insert": on_insert,
-    "on_evict": on_evict,
-    "victim": victim,
-    "admit": admit,
+_DEFAULTS: dict[Callable[..., Any], Callable[..., Any]] = {
+    on_access: lambda state, residency, pool, key, hit, clock, phase: None,
+    on_insert: lambda state, residency, pool, key, clock, phase: None,
+    on_evict: lambda state, residency, pool, key, clock: None,
+    victim: lambda state, residency, pool, clock: -1,
+    admit: lambda state, residency, pool, key, clock, phase: True,
+    on_scores: lambda state, residency, moe_layer, scores: None,
+    on_document: lambda state, residency: None,
+    arrange: lambda state, residency, base, experts: None,
 }
 
 
@@ -83,30 +87,15 @@ def rules(state_type: type, **functions: Callable[..., Any]) -> None:
     They become overloads on the state's type, so that they are inlined into the one serving loop and cached on disk with
     it; function pointers would allow neither. A rule left out does nothing (``admit``: says yes).
     """
-    for name, generic in _CONTRACT.items():
-        _register(generic, name, state_type, functions.get(name))
+    unknown = functions.keys() - {generic.__name__ for generic in _DEFAULTS}
+    if unknown:
+        raise TypeError(f"no such rule in the policy contract: {', '.join(sorted(unknown))}")
+    for generic, default in _DEFAULTS.items():
+        _register(generic, state_type, functions.get(generic.__name__, default))
 
 
-def _register(generic: Callable[..., Any], name: str, state_type: type, function: Callable[..., Any] | None) -> None:
-    # numba matches the parameter names of the overload with the generic's, hence one chooser for each arity.
-    def chosen(state: Any) -> Callable[..., Any] | None:
-        if getattr(state, "instance_class", None) is not state_type:
-            return None
-        return function if function is not None else _DEFAULTS[name]
+def _register(generic: Callable[..., Any], state_type: type, function: Callable[..., Any]) -> None:
+    def chosen(state: Any, *_: Any) -> Callable[..., Any] | None:
+        return function if getattr(state, "instance_class", None) is state_type else None
 
-    if name == "on_access":
-        overload(generic, jit_options=COMPILE)(lambda state, residency, pool, key, hit, clock, phase: chosen(state))
-    elif name in ("on_insert", "admit"):
-        overload(generic, jit_options=COMPILE)(lambda state, residency, pool, key, clock, phase: chosen(state))
-    elif name == "on_evict":
-        overload(generic, jit_options=COMPILE)(lambda state, residency, pool, key, clock: chosen(state))
-    else:
-        overload(generic, jit_options=COMPILE)(lambda state, residency, pool, clock: chosen(state))
-
-
-_DEFAULTS: dict[str, Callable[..., Any]] = {
-    "on_access": lambda state, residency, pool, key, hit, clock, phase: None,
-    "on_insert": lambda state, residency, pool, key, clock, phase: None,
-    "on_evict": lambda state, residency, pool, key, clock: None,
-    "admit": lambda state, residency, pool, key, clock, phase: True,
-}
+    overload(generic, jit_options=OPTIONS, strict=False)(chosen)

@@ -7,7 +7,8 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import njit
+
+from swapless.cache.compiled import compiled
 
 
 class Residency(NamedTuple):
@@ -68,7 +69,7 @@ def empty_residency(
     )
 
 
-@njit(cache=True, nogil=True, _nrt=False, error_model="numpy")
+@compiled
 def may_go(residency: Any, slot: Any, clock: Any) -> Any:
     """Whether the expert in ``slot`` may be evicted now: not pinned, and its layer above the floor."""
     if residency.pinned[slot] == clock:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba import njit
 
+from swapless.cache.compiled import compiled
 from swapless.cache.policy import Policy, admit, on_access, on_evict, on_insert, victim
 from swapless.cache.residency import Residency, empty_residency
 from swapless.notation import Phase
@@ -47,7 +48,7 @@ def demand_order(ids: Any, num_experts: int, distinct: Any, tokens: Any) -> int:
     return n
 
 
-@njit(cache=True, nogil=True, _nrt=False, error_model="numpy")
+@compiled
 def serve(
     state: Any,
     residency: Any,
