@@ -78,12 +78,12 @@ def activation_bytes(config: Any, context_tokens: int, dtype: torch.dtype) -> in
     Counts per token the residual stream and its copies, queries, keys, values and attention output, the widest
     feed-forward, and a gathered expert's input and inner values; once, the logits of the last token in float32.
     """
-    text = config.get_text_config()
+    values = config.get_text_config().to_dict()  # as attributes, those that differ between blocks may refuse to be read
 
     def size(name: str) -> int:
-        value = getattr(text, name, 0)
-        value = max(value) if isinstance(value, (list, tuple)) and value else value
-        return int(value) if isinstance(value, (int, float)) else 0
+        value = values.get(name)
+        sizes = value if isinstance(value, (list, tuple)) else value.values() if isinstance(value, dict) else [value]
+        return int(max((size for size in sizes if isinstance(size, (int, float))), default=0))
 
     hidden = size("hidden_size")
     heads = size("num_attention_heads") * (size("head_dim") or hidden // max(1, size("num_attention_heads")))
