@@ -228,14 +228,17 @@ class Trace:
         _, first, inverse = np.unique(self.document, return_index=True, return_inverse=True)
         return self.rows(np.argsort(first[inverse], kind="stable"))
 
-    def pieces(self, max_tokens: int | None = None) -> Iterator[Trace]:
-        """Whole documents, in pieces of about ``max_tokens`` (at least one document each); everything at once if None."""
+    def pieces(self, max_tokens: int | None = None, max_documents: int | None = None) -> Iterator[Trace]:
+        """Whole documents, in pieces of about that size (at least one document each); all at once without limits."""
         whole = self.grouped()
-        if max_tokens is None or len(whole) <= max_tokens:
-            yield whole
-            return
         offsets, start = whole.document_offsets, 0
-        while start < len(offsets) - 1:
-            stop = max(start + 1, int(np.searchsorted(offsets, offsets[start] + max_tokens, side="right")) - 1)
-            yield whole.rows(slice(int(offsets[start]), int(offsets[stop])))
+        last = len(offsets) - 1
+        while start < last:
+            stop = last
+            if max_tokens is not None:
+                stop = int(np.searchsorted(offsets, offsets[start] + max_tokens, side="right")) - 1
+            if max_documents is not None:
+                stop = min(stop, start + max_documents)
+            stop = max(start + 1, stop)
+            yield whole if (start, stop) == (0, last) else whole.rows(slice(int(offsets[start]), int(offsets[stop])))
             start = stop
