@@ -6,34 +6,74 @@ added to the output. Which expert is computed when is free; the additions must c
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-
-class Rows(NamedTuple):
-    """Tokens of one expert: ``token`` and ``place`` int64 (n,), where it stands among the K."""
-
-    token: torch.Tensor
-    place: torch.Tensor
+_ALIGNMENT = 64
 
 
-def rows_by_expert(ids_TK: np.ndarray, num_experts: int) -> dict[int, Rows]:
-    """Rows of every expert that ``ids_TK`` names; ids outside [0, E) stand for none."""
-    tokens = len(ids_TK)
-    flat = ids_TK.T.reshape(-1)  # place-major: the order in which eager gathers
-    order = np.argsort(flat, kind="stable")
-    sorted_ids = flat[order]
-    experts, first = np.unique(sorted_ids, return_index=True)
-    ends = np.append(first[1:], len(flat))
-    place, token = np.divmod(order, tokens)
-    return {
-        int(expert): Rows(torch.from_numpy(token[begin:end]), torch.from_numpy(place[begin:end]))
-        for expert, begin, end in zip(experts, first, ends, strict=True)
-        if 0 <= expert < num_experts
-    }
+class Routed(Protocol):
+    """The tokens of one block, by expert."""
+
+    def gather(self, expert: int) -> torch.Tensor:
+        """Hidden states of the expert's tokens, (N, D)."""
+        ...
+
+    def add(self, out_TD: torch.Tensor, y_ND: torch.Tensor, expert: int) -> None:
+        """Add the expert's output, times its gate weights, to the rows of ``out_TD`` that it belongs to."""
+        ...
+
+
+def routed(hidden_TD: torch.Tensor, ids: np.ndarray, weights_TK: torch.Tensor) -> Routed:
+    """The tokens of one block by expert; ``ids`` int64 (T, K) are the chosen experts."""
+    if len(ids) == 1:
+        experts = ids[0].tolist()
+        if len(set(experts)) == len(experts):
+            return _OneToken(hidden_TD, experts, weights_TK)
+    return _ManyTokens(hidden_TD, ids, weights_TK)
+
+
+class _OneToken:
+    """Decode of a single sequence: the same values as the general case, without gathering and scattering a single row."""
+
+    def __init__(self, hidden_TD: torch.Tensor, experts: list[int], weights_TK: torch.Tensor) -> None:
+        # A product on less aligned memory differs in the last bits from the freshly gathered row that eager uses.
+        aligned = hidden_TD.is_contiguous() and hidden_TD.data_ptr() % _ALIGNMENT == 0
+        self._hidden_TD = hidden_TD if aligned else hidden_TD.clone(memory_format=torch.contiguous_format)
+        self._weights = dict(zip(experts, weights_TK.split(1, dim=1), strict=True))
+
+    def gather(self, expert: int) -> torch.Tensor:
+        return self._hidden_TD
+
+    def add(self, out_TD: torch.Tensor, y_ND: torch.Tensor, expert: int) -> None:
+        out_TD.add_((y_ND * self._weights[expert]).to(out_TD.dtype))
+
+
+class _ManyTokens:
+    """The general case."""
+
+    def __init__(self, hidden_TD: torch.Tensor, ids: np.ndarray, weights_TK: torch.Tensor) -> None:
+        self._hidden_TD = hidden_TD
+        self._weights_TK = weights_TK
+        flat = ids.T.reshape(-1)  # place-major: the order in which eager gathers
+        order = np.argsort(flat, kind="stable")
+        experts, first = np.unique(flat[order], return_index=True)
+        place, token = (torch.from_numpy(index) for index in np.divmod(order, len(ids)))
+        ends = np.append(first[1:], len(flat))
+        self._rows = {
+            int(expert): (token[begin:end], place[begin:end]) for expert, begin, end in zip(experts, first, ends, strict=True)
+        }
+
+    def gather(self, expert: int) -> torch.Tensor:
+        return self._hidden_TD[self._rows[expert][0]]
+
+    def add(self, out_TD: torch.Tensor, y_ND: torch.Tensor, expert: int) -> None:
+        token, place = self._rows[expert]
+        weighted = y_ND * self._weights_TK[token, place, None]
+        out_TD.index_add_(0, token, weighted.to(out_TD.dtype))
 
 
 def expert_output(module: Any, weights: dict[str, torch.Tensor], hidden_ND: torch.Tensor) -> torch.Tensor:
@@ -53,9 +93,3 @@ def expert_output(module: Any, weights: dict[str, torch.Tensor], hidden_ND: torc
 def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, transposed: bool) -> torch.Tensor:
     y = x @ weight if transposed else F.linear(x, weight)
     return y if bias is None else y + bias
-
-
-def add_weighted(out_TD: torch.Tensor, y_ND: torch.Tensor, weights_TK: torch.Tensor, rows: Rows) -> None:
-    """Add an expert's output, times its gate weights, to the rows it belongs to."""
-    weighted = y_ND * weights_TK[rows.token, rows.place, None]
-    out_TD.index_add_(0, rows.token, weighted.to(out_TD.dtype))

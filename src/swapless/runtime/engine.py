@@ -17,7 +17,7 @@ from swapless.cache.serve import ExpertCache, Served
 from swapless.errors import ClosedError, ReadError, UnsupportedOperationError, message
 from swapless.notation import Phase
 from swapless.runtime.budget import Budget
-from swapless.runtime.compute import Rows, add_weighted, expert_output, rows_by_expert
+from swapless.runtime.compute import Routed, expert_output, routed
 from swapless.runtime.loader import Loader, Read
 from swapless.runtime.memory import MemoryMeter
 from swapless.runtime.pool import SlotPool
@@ -155,14 +155,14 @@ class Engine:
         ids = ids_TK.numpy()
         self._routing.add(moe_layer, ids, weights_TK)
         served = self._cache.request(moe_layer, ids, self._phase)
-        rows = rows_by_expert(ids, module.num_experts)
+        tokens = routed(hidden_TD, ids, weights_TK)
         counts = self._counts
         before = counts["reads"], counts["bytes_read"]
         try:
             if self._phase is Phase.DECODE:
-                out = self._decode(module, moe_layer, served, rows, hidden_TD, weights_TK)
+                out = self._decode(module, moe_layer, served, tokens, torch.zeros_like(hidden_TD))
             else:
-                out = self._prefill(module, moe_layer, served, rows, hidden_TD, weights_TK)
+                out = self._prefill(module, moe_layer, served, tokens, torch.zeros_like(hidden_TD))
         except BaseException:
             self._come_to_rest(moe_layer, served)
             raise
@@ -175,15 +175,7 @@ class Engine:
             counts["decode_bytes_read"] += counts["bytes_read"] - before[1]
         return out
 
-    def _decode(
-        self,
-        module: Any,
-        moe_layer: int,
-        served: Served,
-        rows: dict[int, Rows],
-        hidden_TD: torch.Tensor,
-        weights_TK: torch.Tensor,
-    ) -> torch.Tensor:
+    def _decode(self, module: Any, moe_layer: int, served: Served, tokens: Routed, out_TD: torch.Tensor) -> torch.Tensor:
         slot_of = dict(zip(served.experts.tolist(), served.slot.tolist(), strict=True))
         waves: list[list[int]] = [[] for _ in range(served.waves)]
         residents: list[int] = []
@@ -193,7 +185,7 @@ class Engine:
 
         def compute(expert: int) -> None:
             weights = self._pool.parameters(moe_layer, slot_of[expert])
-            outputs[expert] = expert_output(module, weights, hidden_TD[rows[expert].token])
+            outputs[expert] = expert_output(module, weights, tokens.gather(expert))
 
         for wave in waves:
             for expert in wave:
@@ -203,20 +195,11 @@ class Engine:
             residents = []
             for _ in wave:
                 compute(self._arrival().expert)
-        out_TD = torch.zeros_like(hidden_TD)
         for expert in sorted(outputs):
-            add_weighted(out_TD, outputs[expert], weights_TK, rows[expert])
+            tokens.add(out_TD, outputs[expert], expert)
         return out_TD
 
-    def _prefill(
-        self,
-        module: Any,
-        moe_layer: int,
-        served: Served,
-        rows: dict[int, Rows],
-        hidden_TD: torch.Tensor,
-        weights_TK: torch.Tensor,
-    ) -> torch.Tensor:
+    def _prefill(self, module: Any, moe_layer: int, served: Served, tokens: Routed, out_TD: torch.Tensor) -> torch.Tensor:
         slot_of: dict[int, int] = dict(zip(served.experts.tolist(), served.slot.tolist(), strict=True))
         hits = {expert for expert, hit in zip(served.experts.tolist(), served.hit.tolist(), strict=True) if hit}
         to_read = deque(sorted(expert for expert in slot_of if expert not in hits))
@@ -235,13 +218,12 @@ class Engine:
                 self._loader.submit(moe_layer, to_read.popleft(), slot)
 
         read_ahead()
-        out_TD = torch.zeros_like(hidden_TD)
         for expert in sorted(slot_of):
             while expert not in here:
                 here.add(self._arrival().expert)
             slot = streamed[expert] if expert in streamed else slot_of[expert]
-            y_ND = expert_output(module, self._pool.parameters(moe_layer, slot), hidden_TD[rows[expert].token])
-            add_weighted(out_TD, y_ND, weights_TK, rows[expert])
+            y_ND = expert_output(module, self._pool.parameters(moe_layer, slot), tokens.gather(expert))
+            tokens.add(out_TD, y_ND, expert)
             if expert in streamed:
                 free_staging.append(slot)
                 read_ahead()

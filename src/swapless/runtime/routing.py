@@ -77,6 +77,7 @@ class RoutingLog:
         unused = (ids < 0) | (ids >= self.header.num_experts)
         ids[unused] = NO_EXPERT
         gates[unused] = 0
+        _merge_repeats(ids, gates)
         self._steps.append((self._next_step, step, ids, gates))
         self._next_step += 1
         self._kept += len(step.document)
@@ -125,3 +126,15 @@ class RoutingLog:
             token_id=rows([step.token_id for _, step, _, _ in self._steps if step.token_id is not None]) if with_ids else None,
             step=rows([np.full(len(step.document), number, np.int32) for number, step, _, _ in self._steps]),
         )
+
+
+def _merge_repeats(ids_TLK: np.ndarray, gates_TLK: np.ndarray) -> None:
+    # Hash routers may name an expert twice for one token: it is one request, with both weights.
+    top_k = ids_TLK.shape[2]
+    for first in range(top_k):
+        for later in range(first + 1, top_k):
+            repeat = (ids_TLK[:, :, later] == ids_TLK[:, :, first]) & (ids_TLK[:, :, later] != NO_EXPERT)
+            if repeat.any():
+                gates_TLK[:, :, first][repeat] += gates_TLK[:, :, later][repeat]
+                gates_TLK[:, :, later][repeat] = 0
+                ids_TLK[:, :, later][repeat] = NO_EXPERT
