@@ -2,17 +2,17 @@
 
     python benchmarks/cgroup.py --limit 1.2GB -- python my_script.py --its-own --options
 
-A memory cap that a benchmark only promises is worth nothing: a memory map hides gigabytes in the page cache, and the resident
-set counts them or not as the kernel pleases. A memory cgroup counts every page that the command is the first to touch, cached
-file pages included, and kills the command where it cannot give back enough. The new group is a child of the group that this process
-is in (cgroup v1), so that no limit set from outside is ever escaped; under v2, whose inner groups may hold no processes, it is a
-child of the nearest ancestor that hands the memory controller down.
+A memory cap that a benchmark only promises is worth nothing: a memory map hides gigabytes in the page cache, and the
+resident set counts them or not as the kernel pleases. A memory cgroup counts every page that the command is the first to
+touch, cached file pages included, and kills the command where it cannot give back enough. The new group is a child of the
+group that this process is in (cgroup v1), so that no limit set from outside is ever escaped; under v2, whose inner groups
+may hold no processes, it is a child of the nearest ancestor that hands the memory controller down.
 
-What the figures leave out: pages that somebody outside the group touched first (shared libraries already in the page cache, for
-one) are charged to them, not to us. Contestants of one benchmark share that advantage alike.
+What the figures leave out: pages that somebody outside the group touched first (shared libraries already in the page cache,
+for one) are charged to them, not to us. Contestants of one benchmark share that advantage alike.
 
-Where no memory cgroup can be made, the limit is not enforced: the anonymous memory of the command (RssAnon) is sampled instead, and
-the result says so in ``method`` and ``why_no_cgroup``.
+Where no memory cgroup can be made, the limit is not enforced: the anonymous memory of the command (RssAnon) is sampled
+instead, and the result says so in ``method`` and ``why_no_cgroup``.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -45,8 +45,9 @@ class CgroupUnavailableError(RuntimeError):
 class CappedRun:
     """What one command did under its limit.
 
-    ``max_usage_bytes`` counts page cache and is None without a cgroup; ``max_anon_bytes`` is sampled and may miss a spike shorter
-    than the sampling interval; ``max_rss_bytes`` is the kernel's own high-water mark of the resident set, mapped files included.
+    ``max_usage_bytes`` counts page cache and is None without a cgroup; ``max_anon_bytes`` is sampled and may miss a spike
+    shorter than the sampling interval; ``max_rss_bytes`` is the kernel's own high-water mark of the resident set, mapped
+    files included.
     """
 
     returncode: int
@@ -109,7 +110,7 @@ class MemoryCgroup:
         deadline = time.monotonic() + 10
         while self.path.exists():
             for pid in self.pids():
-                with _gone_is_fine():
+                with suppress(ProcessLookupError, FileNotFoundError):
                     os.kill(pid, signal.SIGKILL)
             if self.version == 1:
                 self._write("memory.force_empty", 0, optional=True)
@@ -130,14 +131,6 @@ class MemoryCgroup:
     def _table(self, name: str) -> dict[str, int]:
         rows = (line.split() for line in (self.path / name).read_text().splitlines())
         return {row[0]: int(row[1]) for row in rows if len(row) == 2}
-
-
-@contextmanager
-def _gone_is_fine() -> Iterator[None]:
-    try:
-        yield
-    except (ProcessLookupError, FileNotFoundError):
-        pass
 
 
 def _mounts() -> dict[str, str]:
@@ -196,7 +189,7 @@ def _sweep(parent: Path, version: int) -> None:
         owner = folder.name.removeprefix(PREFIX).split("-")[0]
         if owner.isdigit() and not Path(f"/proc/{owner}").exists():
             group = MemoryCgroup(folder, version)
-            with _gone_is_fine():
+            with suppress(ProcessLookupError, FileNotFoundError):
                 if not group.pids():
                     group.remove()
 
@@ -319,7 +312,7 @@ def _run(
             timed_out = True
         finally:
             if process.poll() is None:
-                with _gone_is_fine():
+                with suppress(ProcessLookupError, FileNotFoundError):
                     os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
             sampler.stop()

@@ -2,23 +2,26 @@
 
     python benchmarks/make_checkpoint.py --out out/bench-3gb
 
-8 MoE layers of 64 experts of 6 MiB (bf16), top-8: 3.2 GB, once in the original layout (a tensor an expert) and once in the fused one
-(``--layout`` keeps only one), the same weights in both, written layer by layer so that little memory is needed.
+8 MoE layers of 64 experts of 6 MiB (bf16), top-8: 3.2 GB, once in the original layout (a tensor an expert) and once in the
+fused one (``--layout`` keeps only one), the same weights in both, written layer by layer so that little memory is needed.
 
-Why the routing has to be made. A default-initialised model lets attention and the sum of its layers drown the token: consecutive tokens
-share most of their experts, only some experts are ever used, and any cache looks good. Here
+Why the routing has to be made. A default-initialised model lets attention and the sum of its layers drown the token:
+consecutive tokens share most of their experts, only some experts are ever used, and any cache looks good. Here
 
-- the embeddings are large beside what the layers add (``EMBEDDING_STD``), so that the token decides its route: load entropy near 1;
-- routers are scaled to a logit spread of 2 (``ROUTER_LOGIT_STD``), as trained routers have, so that gate weights are uneven;
-- the vocabulary is split into topics. A token's embedding is ``sqrt(share) * topic + sqrt(1 - share) * own``, and the benchmark's
-  tokens come from a Markov chain over topics that stays with probability ``1 - 1 / DWELL_TOKENS``. Independent random tokens would
-  share only K/E = 0.125 of their experts; the share is bisected until the mean consecutive overlap is 0.30. With it the LRU hit rate
-  at E/4 comes to about 0.5, where a real trace (DeepSeek-V2-Lite, 64 experts) has 0.48.
+- the embeddings are large beside what the layers add (``EMBEDDING_STD``), so that the token decides its route: load entropy
+  near 1;
+- routers are scaled to a logit spread of 2 (``ROUTER_LOGIT_STD``), as trained routers have, so that gate weights are
+  uneven;
+- the vocabulary is split into topics. A token's embedding is ``sqrt(share) * topic + sqrt(1 - share) * own``, and the
+  benchmark's tokens come from a Markov chain over topics that stays with probability ``1 - 1 / DWELL_TOKENS``. Independent
+  random tokens would share only K/E = 0.125 of their experts; the share is bisected until the mean consecutive overlap is
+  0.30. With it the LRU hit rate at E/4 comes to about 0.5, where a real trace (DeepSeek-V2-Lite, 64 experts) has 0.48.
 
-The figures are taken in real decode, token by token through the finished checkpoint, over ``DECODE_TOKENS`` teacher-forced tokens of that
-chain; the first of them are what the benchmark decodes. Asserted for every MoE layer: load entropy >= 0.95 (normalised by log E),
-consecutive overlap in 0.25-0.45. Printed with them: the hit rate of LRU with E/4 slots a layer, the K experts of a token judged at once.
-``tokens.json`` holds the token sequence and the figures; ``manifest.json`` is written last, and a folder that has it is not made again.
+The figures are taken in real decode, token by token through the finished checkpoint, over ``DECODE_TOKENS`` teacher-forced
+tokens of that chain; the first of them are what the benchmark decodes. Asserted for every MoE layer: load entropy >= 0.95
+(normalised by log E), consecutive overlap in 0.25-0.45. Printed with them: the hit rate of LRU with E/4 slots a layer, the
+K experts of a token judged at once. ``tokens.json`` holds the token sequence and the figures; ``manifest.json`` is written
+last, and a folder that has it is not made again.
 """
 
 from __future__ import annotations
@@ -326,7 +329,7 @@ def make(
         if all(found.get(key) == value for key, value in wanted.items()):
             return found
         raise FileExistsError(
-            f"{out} holds another checkpoint ({found.get('shape')}, seed {found.get('seed')}); remove it or choose another --out."
+            f"{out} holds another checkpoint ({found.get('shape')}, seed {found.get('seed')}); choose another --out."
         )
     out.mkdir(parents=True, exist_ok=True)
     need = 2 * shape.total_bytes + 2**30
@@ -364,7 +367,7 @@ def make(
 
 
 def _load(folder: Path) -> torch.nn.Module:
-    """The fused checkpoint, its experts memory-mapped; a name that is missing or left over is an error, never a fresh weight."""
+    """The fused checkpoint, its experts memory-mapped; a missing or left-over name is an error, never a fresh weight."""
     model, info = AutoModelForCausalLM.from_pretrained(
         folder, dtype="auto", experts_implementation="eager", local_files_only=True, output_loading_info=True
     )

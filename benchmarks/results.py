@@ -3,8 +3,9 @@
     from results import document, store
     store(document("offload", config={...}, measured={...}))
 
-A number without its machine, versions, commit and command is hearsay, so one helper adds them for every benchmark and names the file
-``<theme>_<machine>_<date>_<commit>.json``. The machine is described by what it has, never by what it is called or where its files lie.
+A number without its machine, versions, commit and command is hearsay, so one helper adds them for every benchmark and names
+the file ``<theme>_<machine>_<date>_<commit>.json``. The machine is described by what it has, never by what it is called or
+where its files lie.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def _cpu_model() -> str:
 
 def _disk(data: Path) -> dict[str, int]:
     """Queue settings that decide how a memory map and a direct read behave; empty where the kernel does not show them."""
-    device = os.stat(data).st_dev
+    device = data.stat().st_dev
     folder = Path(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}")
     for queue in (folder / "queue", folder / ".." / "queue"):
         if queue.is_dir():

@@ -1,0 +1,150 @@
+"""One contestant of the offloading benchmark, in a process of its own: load, prefill, decode given tokens, report.
+
+    python benchmarks/contestant.py '{"engine": "plain", "folder": "out/bench-3gb/fused", ...}'
+
+Started by ``benchmarks/offload.py``, which puts it inside a memory cgroup. All contestants decode the same teacher-forced
+tokens, so none can win by going elsewhere. A token's time is that of its forward call alone; logits are kept aside and
+judged after the clock has stopped. The answer is one JSON document on stdout.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """What one contestant does.
+
+    ``engine`` is ``plain`` (transformers with ``implementation``) or ``swapless`` (with ``memory_bytes`` or ``resident``).
+    ``warm_up`` tokens are decoded before the clock starts. ``rehearsals`` is how often the whole sequence runs before the
+    timed pass, for warm runs. ``aligned`` gives plain transformers 64-byte-aligned copies of its weights: the reference for
+    bit identity. ``time_limit_s`` ends the decoding early.
+    """
+
+    engine: str
+    folder: str
+    prompt: list[int]
+    warm_up: list[int]
+    decode: list[int]
+    threads: int
+    implementation: str = "eager"
+    memory_bytes: int | None = None
+    resident: float | None = None
+    context: int = 256
+    rehearsals: int = 0
+    aligned: bool = False
+    time_limit_s: float | None = None
+    logits_file: str | None = None
+
+    def argument(self) -> str:
+        """The form in which the command line takes it."""
+        return json.dumps(asdict(self))
+
+
+@dataclass(slots=True)
+class Pass:
+    """One run over the sequence."""
+
+    prefill_s: float = 0.0
+    token_s: list[float] = field(default_factory=list)
+    logits: list[np.ndarray] = field(default_factory=list)
+
+
+def _load(task: Task) -> Any:
+    if task.engine == "swapless":
+        import swapless
+
+        target = {"memory": task.memory_bytes} if task.memory_bytes else {"resident": task.resident}
+        return swapless.load(task.folder, context=task.context, **target)
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(
+        task.folder, dtype="auto", experts_implementation=task.implementation, local_files_only=True
+    ).eval()
+    if task.aligned:
+        for parameter in model.parameters():
+            parameter.data = parameter.data.clone()
+    return model
+
+
+def _run(model: Any, task: Task, *, timed: bool) -> Pass:
+    import torch
+
+    done = Pass()
+    with torch.inference_mode():
+        started = time.perf_counter()
+        output = model(input_ids=torch.tensor([task.prompt]), use_cache=True, logits_to_keep=1)
+        done.prefill_s = time.perf_counter() - started
+        cache = output.past_key_values
+        for token in task.warm_up:
+            model(input_ids=torch.tensor([[token]]), past_key_values=cache, use_cache=True)
+        if timed and task.engine == "swapless":
+            model.swapless.reset_stats()
+        clock = time.perf_counter()
+        for token in task.decode:
+            ids = torch.tensor([[token]])
+            started = time.perf_counter()
+            output = model(input_ids=ids, past_key_values=cache, use_cache=True)
+            done.token_s.append(time.perf_counter() - started)
+            done.logits.append(output.logits[0, -1].float().numpy().copy())
+            if task.time_limit_s is not None and time.perf_counter() - clock > task.time_limit_s:
+                break
+    return done
+
+
+def perform(task: Task) -> dict[str, Any]:
+    """Do the task and describe how it went."""
+    import torch
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    torch.set_num_threads(task.threads)
+    started = time.perf_counter()
+    model = _load(task)
+    load_s = time.perf_counter() - started
+    for _ in range(task.rehearsals):
+        _run(model, task, timed=False)
+    done = _run(model, task, timed=True)
+    logits = np.stack(done.logits)
+    if task.logits_file:
+        np.save(task.logits_file, logits)
+    result = {
+        "load_s": load_s,
+        "prefill_s": done.prefill_s,
+        "token_s": done.token_s,
+        "tokens": len(done.token_s),
+        "tokens_per_s": len(done.token_s) / sum(done.token_s),
+        "greedy": logits.argmax(axis=1).tolist(),
+        "io_read_bytes": _io_read_bytes(),
+    }
+    if task.engine == "swapless":
+        engine = model.swapless
+        result |= {"stats": engine.stats().to_dict(), "budget": engine.budget.to_dict(), "probe": engine.probe.to_dict()}
+        engine.close()
+    return result
+
+
+def _io_read_bytes() -> int | None:
+    """Bytes that this process made the disk read, page faults included, since it began."""
+    try:
+        fields = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
+    except OSError:
+        return None
+    return int(fields["read_bytes"])
+
+
+def main() -> None:
+    """Perform the task of the command line; nothing but the answer goes to stdout."""
+    json.dump(perform(Task(**json.loads(sys.argv[1]))), sys.stdout)
+
+
+if __name__ == "__main__":
+    main()
