@@ -21,6 +21,7 @@ from swapless.runtime.compute import Routed, expert_output, routed
 from swapless.runtime.loader import Loader, Read
 from swapless.runtime.memory import MemoryMeter
 from swapless.runtime.pool import SlotPool
+from swapless.runtime.routers import RouterTap
 from swapless.runtime.routing import RoutingLog, Step
 from swapless.runtime.stats import Stats
 from swapless.store.checkpoint import CheckpointStore
@@ -91,6 +92,11 @@ class Engine:
         """Forget the routing so far."""
         self._routing.clear()
 
+    def record_scores(self, tap: RouterTap | None) -> None:
+        """Keep the router's output for every expert in the trace from now on; None ends it. Forgets the routing so far."""
+        self._routing.clear()
+        self._routing.tap = tap
+
     def close(self) -> None:
         """End the reader threads, close the files and give the slots back. The model cannot run any more."""
         if self._closed:
@@ -153,7 +159,7 @@ class Engine:
             raise ClosedError(message("The model was closed.", step="Load it again with swapless.load."))
         moe_layer: int = module.swapless_moe_layer
         ids = ids_TK.numpy()
-        self._routing.add(moe_layer, ids, weights_TK)
+        self._routing.add(moe_layer, ids_TK, weights_TK)
         served = self._cache.request(moe_layer, ids, self._phase)
         tokens = routed(hidden_TD, ids, weights_TK)
         counts = self._counts

@@ -139,7 +139,7 @@ def load(
     }
     budget = plan_budget(total_bytes=total_bytes, resident_share=share, fixed_parts=fixed, **shape)
     report("opening slots", 0.9)
-    engine = _engine(opened, chosen, store, budget, measured, meter, str(checkpoint), dry.top_k)
+    engine = _engine(opened, chosen, store, budget, measured, meter, _model_id(checkpoint), dry.top_k)
     for moe_layer, (_, module) in enumerate(experts_of(model)):
         module.swapless_engine = engine  # type: ignore[assignment]
         module.swapless_moe_layer = moe_layer  # type: ignore[assignment]
@@ -237,6 +237,11 @@ def _sample_extents(store: CheckpointStore, layers: Sequence[MoeLayer], most: in
     everyone = _all_experts(layers)
     chosen = np.random.default_rng(0).permutation(len(everyone))[:most]
     return [extent for index in chosen for extent in store.extents(*everyone[index])]
+
+
+def _model_id(checkpoint: str | Path) -> str:
+    # A trace must not carry a path of this machine: of a local folder it keeps the name.
+    return Path(checkpoint).resolve().name if Path(checkpoint).exists() else str(checkpoint)
 
 
 def _engine(

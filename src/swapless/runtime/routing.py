@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -9,6 +11,7 @@ import torch
 
 from swapless.errors import TraceValueError, message
 from swapless.notation import NO_EXPERT, Phase
+from swapless.runtime.routers import RouterTap
 from swapless.trace import Trace, TraceHeader
 
 
@@ -26,6 +29,14 @@ class Step(NamedTuple):
     token_id: np.ndarray | None
 
 
+class _Kept(NamedTuple):
+    number: int
+    step: Step
+    ids: np.ndarray
+    gates: np.ndarray
+    scores: np.ndarray | None
+
+
 class RoutingLog:
     """Collects the chosen experts of every step.
 
@@ -36,54 +47,63 @@ class RoutingLog:
     max_tokens : int
         Rows kept. Beyond it the oldest steps are dropped and the trace's ``notes`` say so: a log without end would break
         the memory cap.
+
+    Attributes
+    ----------
+    tap : RouterTap or None
+        Set it to keep the router's output for every expert as well.
     """
 
     def __init__(self, header: TraceHeader, max_tokens: int = 100_000) -> None:
         self.header = header
+        self.tap: RouterTap | None = None
         self._max_tokens = max_tokens
+        self._next_step = 0
         self.clear()
 
     def clear(self) -> None:
-        """Forget everything."""
-        self._steps: list[tuple[int, Step, np.ndarray, np.ndarray]] = []
-        self._next_step = 0
-        self._kept = 0
+        """Forget the rows; steps are numbered on, so that pieces of one recording can be put together."""
+        self._steps: list[_Kept] = []
+        self._rows = 0
         self._dropped = 0
-        self._current: tuple[Step, np.ndarray, np.ndarray] | None = None
+        self._current: _Kept | None = None
         self._misfit: str | None = None
 
     def begin(self, step: Step) -> None:
         """A forward call begins."""
-        shape = (len(step.document), self.header.num_moe_layers, self.header.top_k)
-        self._current = (step, np.full(shape, NO_EXPERT, np.int16), np.zeros(shape, np.float16))
+        tokens, layers = len(step.document), self.header.num_moe_layers
+        shape = (tokens, layers, self.header.top_k)
+        scores = np.zeros((tokens, layers, self.header.num_experts), np.float16) if self.tap else None
+        self._current = _Kept(self._next_step, step, np.full(shape, NO_EXPERT, np.int16), np.zeros(shape, np.float16), scores)
 
-    def add(self, moe_layer: int, expert_ids: np.ndarray, gate_weights: torch.Tensor) -> None:
-        """One MoE layer of the present call chose ``expert_ids`` (T, K) with ``gate_weights`` (T, K)."""
-        if self._current is None:
+    def add(self, moe_layer: int, ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> None:
+        """One MoE layer of the present call chose ``ids_TK`` with gate weights ``weights_TK``."""
+        kept = self._current
+        if kept is None:
             return
-        _, ids, gates = self._current
-        if expert_ids.shape != (ids.shape[0], ids.shape[2]):
-            self._misfit = f"MoE layer {moe_layer} was called with {expert_ids.shape}, the model with {ids.shape[::2]}"
+        if tuple(ids_TK.shape) != kept.ids.shape[::2]:
+            self._misfit = f"MoE layer {moe_layer} was called with {tuple(ids_TK.shape)}, the model with {kept.ids.shape[::2]}"
             return
-        ids[:, moe_layer] = expert_ids
-        gates[:, moe_layer] = gate_weights.detach().to(torch.float32).numpy()
+        kept.ids[:, moe_layer] = ids_TK.numpy()
+        kept.gates[:, moe_layer] = weights_TK.detach().to(torch.float32).numpy()
+        if kept.scores is not None and self.tap is not None:
+            kept.scores[:, moe_layer] = self.tap.scores(moe_layer, ids_TK, self.header.num_experts)
 
     def end(self) -> None:
         """The forward call is complete."""
-        if self._current is None:
+        kept, self._current = self._current, None
+        if kept is None:
             return
-        step, ids, gates = self._current
-        self._current = None
-        unused = (ids < 0) | (ids >= self.header.num_experts)
-        ids[unused] = NO_EXPERT
-        gates[unused] = 0
-        _merge_repeats(ids, gates)
-        self._steps.append((self._next_step, step, ids, gates))
+        unused = (kept.ids < 0) | (kept.ids >= self.header.num_experts)
+        kept.ids[unused] = NO_EXPERT
+        kept.gates[unused] = 0
+        _merge_repeats(kept.ids, kept.gates)
+        self._steps.append(kept)
         self._next_step += 1
-        self._kept += len(step.document)
-        while self._kept > self._max_tokens and len(self._steps) > 1:
-            dropped = len(self._steps.pop(0)[1].document)
-            self._kept -= dropped
+        self._rows += len(kept.step.document)
+        while self._rows > self._max_tokens and len(self._steps) > 1:
+            dropped = len(self._steps.pop(0).step.document)
+            self._rows -= dropped
             self._dropped += dropped
 
     def abandon(self) -> None:
@@ -100,31 +120,26 @@ class RoutingLog:
         """
         if self._misfit:
             raise TraceValueError(message("This model's routing does not fit the trace format.", got=self._misfit))
-        if not any(step.valid.any() for _, step, _, _ in self._steps):
+        if not any(kept.step.valid.any() for kept in self._steps):
             raise TraceValueError(message("There is no routing yet.", step="Run the model first."))
-        valid = np.concatenate([step.valid for _, step, _, _ in self._steps])
+        steps = [kept.step for kept in self._steps]
+        valid = np.concatenate([step.valid for step in steps])
 
-        def rows(parts: list[np.ndarray]) -> np.ndarray:
-            return np.concatenate(parts)[valid]
+        def rows(parts: Sequence[np.ndarray | None]) -> np.ndarray | None:
+            present = [part for part in parts if part is not None]
+            return np.concatenate(present)[valid] if len(present) == len(parts) else None
 
-        with_ids = all(step.token_id is not None for _, step, _, _ in self._steps)
         notes = f"the first {self._dropped} rows were dropped to keep memory bounded" if self._dropped else None
-        header = TraceHeader(
-            **{
-                name: getattr(self.header, name)
-                for name in ("model_id", "num_experts", "top_k", "moe_blocks", "model_type", "expert_order", "source")
-            },
-            notes=notes,
-        )
         return Trace.from_arrays(
-            header,
-            expert_ids=rows([ids for _, _, ids, _ in self._steps]),
-            gate_weights=rows([gates for _, _, _, gates in self._steps]),
-            document=rows([step.document for _, step, _, _ in self._steps]),
-            position=rows([step.position for _, step, _, _ in self._steps]),
-            phase=rows([np.full(len(step.document), int(step.phase), np.int8) for _, step, _, _ in self._steps]),
-            token_id=rows([step.token_id for _, step, _, _ in self._steps if step.token_id is not None]) if with_ids else None,
-            step=rows([np.full(len(step.document), number, np.int32) for number, step, _, _ in self._steps]),
+            replace(self.header, notes=notes),
+            expert_ids=rows([kept.ids for kept in self._steps]),
+            gate_weights=rows([kept.gates for kept in self._steps]),
+            router_scores=rows([kept.scores for kept in self._steps]),
+            document=rows([step.document for step in steps]),
+            position=rows([step.position for step in steps]),
+            phase=rows([np.full(len(step.document), int(step.phase), np.int8) for step in steps]),
+            token_id=rows([step.token_id for step in steps]),
+            step=rows([np.full(len(kept.step.document), kept.number, np.int32) for kept in self._steps]),
         )
 
 

@@ -1,0 +1,100 @@
+"""``swapless record``: the routing of a live model, as a trace."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from swapless.cli import _options as options
+from swapless.cli.out import Out
+from swapless.cli.session import open_model, open_tokenizer
+from swapless.errors import UsageError, message
+
+__all__ = ["record"]
+
+
+def record(
+    checkpoint: options.Checkpoint,
+    out_path: Annotated[Path, typer.Option("--out", metavar="FILE", help="Where the trace goes (.parquet).")],
+    text: Annotated[Path | None, typer.Option(metavar="FILE", help="One document: a text file.")] = None,
+    corpus: Annotated[
+        Path | None, typer.Option(metavar="PARQUET", help="A document a row: column text, and domain if there is one.")
+    ] = None,
+    prompts: Annotated[Path | None, typer.Option(metavar="FILE", help="A document a line.")] = None,
+    decode: Annotated[int, typer.Option(metavar="N", min=0, help="Tokens to generate after each document.")] = 0,
+    documents: Annotated[int | None, typer.Option(metavar="N", min=1, help="Stop after so many documents.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(metavar="N", min=1, help="Cut a document after so many tokens.")] = None,
+    scores: Annotated[bool, typer.Option("--scores", help="Keep the router's output for every expert.")] = False,
+    memory: options.Memory = None,
+    resident: options.Resident = None,
+    context: options.Context = None,
+    threads: options.Threads = None,
+    policy: options.Policy = "lru",
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Record which experts a model routes to: prefill of every document, and real decode steps after it."""
+    options.exclusive(memory=memory, resident=resident)
+    given = [path for path in (text, corpus, prompts) if path is not None]
+    if len(given) != 1:
+        raise UsageError("Give exactly one of --text, --corpus and --prompts.")
+    if not given[0].is_file():
+        raise UsageError(message("There is no such file to read documents from.", got=given[0]))
+    if not out_path.absolute().parent.is_dir():
+        raise UsageError(message("The folder for --out does not exist.", got=out_path, step="Create it first."))
+    out = Out(as_json=as_json, quiet=quiet)
+    budget = {"memory": memory, "resident": resident} if memory or resident else {"memory": "auto"}
+    with open_model(str(checkpoint), out, threads=threads, policy=policy, context=context, **budget) as model:
+        from swapless.runtime.record import record as run
+
+        with out.progress() as progress:
+            rows = run(
+                model,
+                open_tokenizer(str(checkpoint)),
+                _documents(text, corpus, prompts, documents),
+                out_path,
+                decode_tokens=decode,
+                max_tokens=max_tokens,
+                scores=scores,
+                progress=lambda done, tokens: progress(
+                    f"{done} documents, {tokens} tokens", done / documents if documents else 0.0
+                ),
+            )
+    out.document({"trace": str(out_path), "tokens": rows})
+    out.text(f"{out_path}: {rows} tokens")
+
+
+def _documents(text: Path | None, corpus: Path | None, prompts: Path | None, most: int | None) -> Iterator[Any]:
+    from itertools import islice
+
+    return islice(_all(text, corpus, prompts), most)
+
+
+def _all(text: Path | None, corpus: Path | None, prompts: Path | None) -> Iterator[Any]:
+    from swapless.runtime.record import Document
+
+    if text is not None:
+        yield Document(_read(text))
+    elif prompts is not None:
+        yield from (Document(line) for line in _read(prompts).splitlines() if line.strip())
+    elif corpus is not None:
+        from swapless.trace.parquet import open_parquet
+
+        with open_parquet(corpus) as file:
+            names = file.schema_arrow.names
+            if "text" not in names:
+                raise UsageError(message("The corpus has no column text.", where=corpus, got=", ".join(names)))
+            columns = [name for name in ("text", "domain") if name in names]
+            for batch in file.iter_batches(batch_size=64, columns=columns):
+                for row in batch.to_pylist():
+                    yield Document(row["text"], row.get("domain"))
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError(message("The file is not UTF-8 text.", where=path, got=str(error))) from None
