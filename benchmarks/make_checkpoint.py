@@ -139,7 +139,7 @@ def _expert_tensors(
         yield f"{prefix}{expert}.down_proj.weight", down[expert].contiguous()
 
 
-def _embedding(shape: Shape, topic_of: np.ndarray, share: float, seed: int) -> torch.Tensor:
+def make_embedding(shape: Shape, topic_of: np.ndarray, share: float, seed: int) -> torch.Tensor:
     """Token embeddings that share ``share`` of their variance within a topic."""
     topics = _normal((TOPICS, shape.hidden), 1.0, (seed, 1000)).float()
     own = _normal((shape.vocab, shape.hidden), 1.0, (seed, 1001)).float()
@@ -299,7 +299,7 @@ def find_share(model: torch.nn.Module, shape: Shape, topic_of: np.ndarray, token
     low, high = 0.0, 0.95
     for _ in range(7):
         share = (low + high) / 2
-        model.model.embed_tokens.weight.data = _embedding(shape, topic_of, share, seed)  # type: ignore[union-attr]
+        model.model.embed_tokens.weight.data = make_embedding(shape, topic_of, share, seed)  # type: ignore[union-attr]
         overlap = float(consecutive_overlap(route_in_prefill(model, tokens)).mean())
         print(f"  topic share {share:.3f}: consecutive overlap {overlap:.3f}", file=sys.stderr)
         if abs(overlap - OVERLAP_TARGET) < 0.01:
@@ -340,12 +340,12 @@ def make(
     torch.set_num_threads(1)  # the result must not depend on the number of cores
     started = time.perf_counter()
     topic_of, tokens = make_tokens(shape, seed, PROMPT_TOKENS + decode_tokens)
-    write_folder(shape, out / "fused", "fused", seed, _embedding(shape, topic_of, 0.5, seed))
+    write_folder(shape, out / "fused", "fused", seed, make_embedding(shape, topic_of, 0.5, seed))
     print(f"experts written in {time.perf_counter() - started:.0f} s", file=sys.stderr)
     model = _load(out / "fused")
     share = find_share(model, shape, topic_of, tokens, seed)
     del model
-    embedding = _embedding(shape, topic_of, share, seed)
+    embedding = make_embedding(shape, topic_of, share, seed)
     write_folder(shape, out / "fused", "fused", seed, embedding, blocks=False)
     if layout in ("both", "original"):
         write_folder(shape, out / "original", "original", seed, embedding)
