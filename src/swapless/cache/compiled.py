@@ -10,5 +10,5 @@ from typing import Any
 
 from numba import njit
 
-OPTIONS: Any = {"nogil": True, "_nrt": False, "error_model": "numpy"}
+OPTIONS: Any = {"nogil": True, "_nrt": False, "error_model": "numpy", "forceinline": True}
 compiled: Any = njit(cache=True, **OPTIONS)

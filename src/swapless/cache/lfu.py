@@ -86,3 +86,14 @@ class Lfu:
             seen=np.zeros(num_moe_layers, np.int64),
             growth=np.array([1 / self.decay]),
         )
+
+
+@final
+class PerfectLfu:
+    """Evicts the expert with the fewest uses since the start, those before an eviction included. Ties: the lower slot."""
+
+    name = "lfu-perfect"
+
+    def state(self, num_moe_layers: int, num_experts: int, pools: int) -> LfuState:
+        """No uses yet."""
+        return Lfu(decay=1.0).state(num_moe_layers, num_experts, pools)

@@ -8,13 +8,11 @@ import numpy as np
 
 from swapless.cache.policy import rules
 from swapless.cache.residency import may_go
+from swapless.cache.ring import empty_ring, push, unlink
 
 
 class LruState(NamedTuple):
-    """``before`` and ``after`` int32 (L*E + pools,): neighbours in the ring of a pool, whose head is ``L*E + pool``.
-
-    ``after[head]`` is the most recent key, ``before[head]`` the least recent. A key outside the ring points to itself.
-    """
+    """One ring a pool, with head ``L*E + pool``."""
 
     before: np.ndarray
     after: np.ndarray
@@ -22,32 +20,16 @@ class LruState(NamedTuple):
 
 def _on_access(state, residency, pool, key, hit, clock, phase):  # type: ignore[no-untyped-def]
     if hit:
-        b, a = state.before[key], state.after[key]
-        state.after[b] = a
-        state.before[a] = b
-        head = residency.slot_of_key.size + pool
-        newest = state.after[head]
-        state.before[key] = head
-        state.after[key] = newest
-        state.before[newest] = key
-        state.after[head] = key
+        unlink(state.before, state.after, key)
+        push(state.before, state.after, residency.slot_of_key.size + pool, key)
 
 
 def _on_insert(state, residency, pool, key, clock, phase):  # type: ignore[no-untyped-def]
-    head = residency.slot_of_key.size + pool
-    newest = state.after[head]
-    state.before[key] = head
-    state.after[key] = newest
-    state.before[newest] = key
-    state.after[head] = key
+    push(state.before, state.after, residency.slot_of_key.size + pool, key)
 
 
 def _on_evict(state, residency, pool, key, clock):  # type: ignore[no-untyped-def]
-    b, a = state.before[key], state.after[key]
-    state.after[b] = a
-    state.before[a] = b
-    state.before[key] = key
-    state.after[key] = key
+    unlink(state.before, state.after, key)
 
 
 def _victim(state, residency, pool, clock):  # type: ignore[no-untyped-def]
@@ -66,11 +48,11 @@ rules(LruState, on_access=_on_access, on_insert=_on_insert, on_evict=_on_evict, 
 
 @final
 class Lru:
-    """Evicts the expert used longest ago. Within one demand set, experts used by more tokens count as more recent."""
+    """Evicts the expert used longest ago. Within one demand set, the later in its list is the more recent."""
 
     name = "lru"
 
     def state(self, num_moe_layers: int, num_experts: int, pools: int) -> LruState:
         """Empty rings."""
-        everyone = np.arange(num_moe_layers * num_experts + pools, dtype=np.int32)
-        return LruState(everyone.copy(), everyone)
+        keys = num_moe_layers * num_experts
+        return LruState(empty_ring(keys, pools), empty_ring(keys, pools))

@@ -12,7 +12,6 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import njit
 
 from swapless.cache.compiled import compiled
 from swapless.cache.policy import Policy, admit, on_access, on_evict, on_insert, victim
@@ -23,28 +22,33 @@ _PREFILL = int(Phase.PREFILL)
 STREAMED = -1
 
 
-@njit(cache=True, nogil=True)
-def demand_order(ids: Any, num_experts: int, distinct: Any, tokens: Any) -> int:
-    """Distinct experts of ``ids`` (any shape, flattened), most used first, then as first named.
+@compiled
+def demand_order(ids: Any, num_experts: int, distinct: Any, tokens: Any, count: Any) -> int:
+    """Distinct experts of ``ids`` (one axis), most used first, then as first named.
 
-    Writes them to ``distinct`` and their uses to ``tokens`` (both int32 of length >= E); returns how many. Ids outside
-    [0, E) stand for no expert and are passed over. For one token this is the order of its list.
+    Writes them to ``distinct`` and their uses to ``tokens``; ``count`` is room to count in (int32 of length >= E, all three).
+    Returns how many. Ids outside [0, E) stand for no expert and are passed over. For one token this is its list.
     """
-    count = np.zeros(num_experts, np.int32)
+    for expert in range(num_experts):
+        count[expert] = 0
     n = 0
-    most = 0
-    for expert in ids.flat:
+    for i in range(len(ids)):
+        expert = ids[i]
         if 0 <= expert < num_experts:
             if count[expert] == 0:
                 distinct[n] = expert
                 n += 1
             count[expert] += 1
-            most = max(most, count[expert])
-    if most > 1:
-        order = np.argsort(-count[distinct[:n]], kind="mergesort")
-        distinct[:n] = distinct[:n][order].copy()
     for i in range(n):
-        tokens[i] = count[distinct[i]]
+        expert = distinct[i]
+        uses = count[expert]
+        j = i
+        while j > 0 and tokens[j - 1] < uses:
+            tokens[j] = tokens[j - 1]
+            distinct[j] = distinct[j - 1]
+            j -= 1
+        tokens[j] = uses
+        distinct[j] = expert
     return n
 
 
@@ -161,7 +165,7 @@ class ExpertCache:
         self.num_experts = num_experts
         self.pool_of_layer = pool_of_layer
         self.pool_slots = pool_slots
-        self._buffers = [np.empty(num_experts, np.int32) for _ in range(5)]
+        self._buffers = [np.empty(num_experts, np.int32) for _ in range(6)]
         self._hit = np.empty(num_experts, np.uint8)
         self.reset()
 
@@ -172,8 +176,8 @@ class ExpertCache:
 
     def request(self, moe_layer: int, ids: np.ndarray, phase: Phase) -> Served:
         """Serve the experts of ``ids`` (int64, any shape; ids outside [0, E) stand for none). Changes the cache."""
-        distinct, tokens, slot, wave, evicted = self._buffers
-        n = demand_order(ids, self.num_experts, distinct, tokens)
+        distinct, tokens, slot, wave, evicted, count = self._buffers
+        n = demand_order(ids.reshape(-1), self.num_experts, distinct, tokens, count)
         experts = distinct[:n]
         waves = serve(
             self._state, self.residency, moe_layer, self.num_experts, experts, int(phase), self._hit, slot, wave, evicted
@@ -198,6 +202,6 @@ class ExpertCache:
             _evicted(self._state, residency, pool, key)
 
 
-@njit(cache=True)
+@compiled
 def _evicted(state: Any, residency: Any, pool: int, key: int) -> None:
     on_evict(state, residency, pool, key, residency.clock[0])

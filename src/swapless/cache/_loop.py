@@ -1,0 +1,114 @@
+"""The compiled replay: every forward call of a schedule through :func:`~swapless.cache.serve.serve`, and what it counted."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from swapless.cache.compiled import compiled
+from swapless.cache.policy import arrange, on_document, on_scores
+from swapless.cache.serve import demand_order, serve
+
+
+class Tally(NamedTuple):
+    """What each (forward call, MoE layer) asked and got, int16 (N, L) each.
+
+    ``requests`` distinct experts, ``hits`` of them resident before, ``evictions`` experts that went for them, ``streamed``
+    misses that were given no slot.
+    """
+
+    requests: np.ndarray
+    hits: np.ndarray
+    evictions: np.ndarray
+    streamed: np.ndarray
+
+
+class Buffers(NamedTuple):
+    """Room for one demand set: int32 and one uint8 array of length E, and the ids (int16) of the largest forward call."""
+
+    experts: np.ndarray
+    tokens: np.ndarray
+    slot: np.ndarray
+    wave: np.ndarray
+    evicted: np.ndarray
+    counts: np.ndarray
+    hit: np.ndarray
+    ids: np.ndarray
+
+
+def new_tally(calls: int, num_moe_layers: int) -> Tally:
+    """Zeros."""
+    return Tally(*(np.zeros((calls, num_moe_layers), np.int16) for _ in Tally._fields))
+
+
+def new_buffers(num_experts: int, largest_call_ids: int) -> Buffers:
+    """Room for one demand set."""
+    experts, tokens, slot, wave, evicted, counts = (np.empty(num_experts, np.int32) for _ in range(6))
+    hit, ids = np.empty(num_experts, np.uint8), np.empty(largest_call_ids, np.int16)
+    return Buffers(experts, tokens, slot, wave, evicted, counts, hit, ids)
+
+
+@compiled
+def _demand(ids: Any, moe_layer: Any, rows: Any, first: Any, end: Any, num_experts: Any, buffers: Any) -> Any:
+    n = 0
+    if end - first == 1:  # one token: its list as it is
+        for k in range(ids.shape[2]):
+            expert = ids[rows[first], moe_layer, k]
+            if expert >= 0:
+                buffers.experts[n] = expert
+                n += 1
+        return n
+    for i in range(first, end):
+        for k in range(ids.shape[2]):
+            buffers.ids[n] = ids[rows[i], moe_layer, k]
+            n += 1
+    return demand_order(buffers.ids[:n], num_experts, buffers.experts, buffers.tokens, buffers.counts)
+
+
+@compiled
+def replay_calls(
+    state: Any,
+    residency: Any,
+    ids: Any,
+    scores: Any,
+    rows: Any,
+    starts: Any,
+    phase: Any,
+    begins: Any,
+    first_call: int,
+    end_call: int,
+    num_experts: int,
+    single: bool,
+    buffers: Any,
+    tally: Any,
+) -> None:
+    """Replay the calls ``first_call .. end_call - 1``. State, residency, buffers and tally change.
+
+    ``scores`` float32 (rows of these calls in order, L, E), or (0, 0, 0) where none are fed. ``single``: requests are judged one at a time.
+    """
+    b = buffers
+    for c in range(first_call, end_call):
+        if begins[c]:
+            on_document(state, residency)
+        for moe_layer in range(ids.shape[1]):
+            if scores.shape[0] > 0:
+                for i in range(starts[c], starts[c + 1]):
+                    on_scores(state, residency, moe_layer, scores[i - starts[first_call], moe_layer])
+            n = _demand(ids, moe_layer, rows, starts[c], starts[c + 1], num_experts, b)
+            hits = evictions = streamed = 0
+            for first in range(n if single else min(n, 1)):
+                end = first + 1 if single else n
+                experts = b.experts[first:end]
+                arrange(state, residency, moe_layer * num_experts, experts)
+                # A token is one demand set of its layer, also where its requests come one at a time.
+                residency.demand_sets[moe_layer] -= first > 0
+                serve(state, residency, moe_layer, num_experts, experts, phase[c], b.hit, b.slot, b.wave, b.evicted)
+                for i in range(end - first):
+                    hits += b.hit[i]
+                    evictions += b.evicted[i] >= 0
+                    streamed += b.slot[i] < 0
+            tally.requests[c, moe_layer] = n
+            tally.hits[c, moe_layer] = hits
+            tally.evictions[c, moe_layer] = evictions
+            tally.streamed[c, moe_layer] = streamed

@@ -1,0 +1,267 @@
+"""Replay a trace against a policy: the loop written once, and everything that is counted.
+
+A policy only decides; requests, hits, reads, evictions and bytes are counted here. Warm-up and measured requests are disjoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import numpy as np
+
+from swapless.cache import POLICIES
+from swapless.cache._loop import Tally, new_buffers, new_tally, replay_calls
+from swapless.cache.belady import future_state
+from swapless.cache.capacity import PoolKind, Pools, pools_for
+from swapless.cache.policy import Policy
+from swapless.cache.residency import empty_residency
+from swapless.cache.schedule import Schedule, schedule
+from swapless.errors import TraceFormatError, UsageError, message
+from swapless.notation import Phase
+from swapless.trace import Trace
+
+RequestModel = Literal["token", "single"]
+_CHUNK_CALLS = 8192
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Replay:
+    """What a policy did with a trace.
+
+    Parameters
+    ----------
+    policy : str
+        Its name.
+    pools : Pools
+        The cache it ran on.
+    request_model : {"token", "single"}
+        All K of a token judged on the state before it, or one at a time.
+    schedule : Schedule
+        The forward calls, in the order of the replay.
+    measured : bool ndarray of shape (N,)
+        Forward calls after the warm-up.
+    tally : Tally
+        Counts of each (forward call, MoE layer).
+    tokens_of_call : int64 ndarray of shape (N,)
+        Rows of each forward call.
+    expert_bytes : int or None
+        Size of one expert, where known.
+    """
+
+    policy: str
+    pools: Pools
+    request_model: RequestModel
+    schedule: Schedule
+    measured: np.ndarray
+    tally: Tally
+    tokens_of_call: np.ndarray
+    expert_bytes: int | None
+
+    def _decode(self) -> np.ndarray:
+        return self.measured & (self.schedule.phase == int(Phase.DECODE))
+
+    @property
+    def requests(self) -> int:
+        """Measured decode requests: one distinct expert of a MoE layer and forward call each."""
+        return int(self.tally.requests[self._decode()].sum(dtype=np.int64))
+
+    @property
+    def hits(self) -> int:
+        """Measured decode requests whose expert was resident before the call reached its MoE layer."""
+        return int(self.tally.hits[self._decode()].sum(dtype=np.int64))
+
+    @property
+    def hit_rate(self) -> float:
+        """Hits over requests; NaN without requests."""
+        return self.hits / self.requests if self.requests else float("nan")
+
+    @property
+    def evictions(self) -> int:
+        """Experts that went in measured calls of either phase."""
+        return int(self.tally.evictions[self.measured].sum(dtype=np.int64))
+
+    @property
+    def warmup_requests(self) -> int:
+        """Requests before the measured ones, of either phase."""
+        return int(self.tally.requests[~self.measured].sum(dtype=np.int64))
+
+    @property
+    def prefill_reads(self) -> int:
+        """Experts read in measured prefill calls; never part of a hit rate, for one read serves many tokens."""
+        prefill = self.measured & ~self._decode()
+        return int((self.tally.requests[prefill].astype(np.int64) - self.tally.hits[prefill]).sum())
+
+    @property
+    def decode_tokens(self) -> int:
+        """Rows of the measured decode calls."""
+        return int(self.tokens_of_call[self._decode()].sum())
+
+    @property
+    def bytes_read_per_token(self) -> float | None:
+        """Bytes read in measured decode calls over their tokens; None where the size of an expert is unknown."""
+        if self.expert_bytes is None or self.decode_tokens == 0:
+            return None
+        return (self.requests - self.hits) * self.expert_bytes / self.decode_tokens
+
+    def by_document(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Documents in order of first appearance, and their measured decode hits and requests (a call counts for the
+        document of its first row)."""
+        chosen = self._decode()
+        documents, first, inverse = np.unique(self.schedule.document, return_index=True, return_inverse=True)
+        sums = [
+            np.bincount(inverse[chosen], counts[chosen].sum(axis=1, dtype=np.int64), minlength=len(documents)).astype(np.int64)
+            for counts in (self.tally.hits, self.tally.requests)
+        ]
+        order = np.argsort(first)
+        return documents[order], sums[0][order], sums[1][order]
+
+    def row(self) -> dict[str, Any]:
+        """The figures as one flat row, for tables and JSON."""
+        return {
+            "policy": self.policy,
+            "capacity_fraction": self.pools.capacity_fraction,
+            "capacity_experts": self.pools.capacity_experts,
+            "pool": self.pools.kind,
+            "request_model": self.request_model,
+            "requests": self.requests,
+            "hits": self.hits,
+            "hit_rate": None if not self.requests else self.hit_rate,
+            "bytes_read_per_token": self.bytes_read_per_token,
+            "evictions": self.evictions,
+            "decode_tokens": self.decode_tokens,
+            "warmup_requests": self.warmup_requests,
+            "prefill_reads": self.prefill_reads,
+            "streamed": int(self.tally.streamed[self.measured].sum(dtype=np.int64)),
+            "expert_bytes": self.expert_bytes,
+        }
+
+
+def default_expert_bytes(trace: Trace, bits: float = 16) -> int | None:
+    """Bytes of one expert (three matrices D x F) at ``bits`` a weight, where the header says D and F."""
+    hidden, inner = trace.header.hidden_size, trace.header.moe_intermediate_size
+    return None if hidden is None or inner is None else int(3 * hidden * inner * bits / 8)
+
+
+def replay(
+    trace: Trace,
+    policy: str | Policy = "lru",
+    capacity: float | int = 0.25,
+    *,
+    pool: PoolKind = "layer",
+    request_model: RequestModel = "token",
+    state: Literal["keep", "reset"] = "keep",
+    interleave: int = 1,
+    warmup_tokens: int = 0,
+    expert_bytes: int | None = None,
+    advance: Callable[[float], None] | None = None,
+) -> Replay:
+    """Replay ``trace`` against ``policy``.
+
+    Parameters
+    ----------
+    trace : Trace
+        Rows that share a ``step`` are one forward call; without steps each row is one, served as decode.
+    policy : str or Policy
+        A registered name, or a policy object (the engine's own, for instance); it is left as it was.
+    capacity : float or int
+        See :func:`~swapless.cache.capacity.pools_for`.
+    pool : {"layer", "shared", "floor"}
+        As there.
+    request_model : {"token", "single"}
+        ``token``: the demand set of a forward call and MoE layer is judged on the state before it and pinned as a whole.
+        ``single``: one request after the other, in the order of the list.
+    state : {"keep", "reset"}
+        Whether cache and policy live on from document to document.
+    interleave : int
+        Documents that take turns.
+    warmup_tokens : int
+        Tokens not counted, at the start of the replay, or of every document if the state is reset.
+    expert_bytes : int, optional
+        Size of one expert; by default three bf16 matrices as the header describes them.
+    advance : callable, optional
+        Called with the share done, from 0 to 1.
+
+    Returns
+    -------
+    Replay
+        The counts.
+
+    Raises
+    ------
+    CapacityError, UnknownNameError, UsageError
+        A wrong argument.
+    TraceFormatError
+        The policy needs router scores and the trace has none.
+    """
+    if request_model not in ("token", "single"):
+        raise UsageError(message("Unknown request model.", got=repr(request_model), allowed="token, single"))
+    if state not in ("keep", "reset"):
+        raise UsageError(message("Unknown treatment of the state.", got=repr(state), allowed="keep, reset"))
+    if state == "reset" and interleave > 1:
+        raise UsageError("Documents that share the cache cannot each start with an empty one: interleave with state keep.")
+    if warmup_tokens < 0:
+        raise UsageError(message("warmup_tokens must be at least 0.", got=warmup_tokens))
+    chosen: Any = POLICIES.get(policy)() if isinstance(policy, str) else policy
+    if getattr(chosen, "needs_scores", False) and trace.router_scores is None:
+        step = "Record with `swapless record --scores`."
+        raise TraceFormatError(
+            message(f"The policy {chosen.name!r} needs the column router_scores.", got="a trace without", step=step)
+        )
+    pools = pools_for(capacity, trace.num_moe_layers, trace.num_experts, trace.top_k, pool)
+    plan = schedule(trace, interleave=interleave)
+    lengths = np.diff(plan.starts)
+    resets = np.flatnonzero(plan.begins) if state == "reset" else np.zeros(1, np.int64)
+    tally = _run(trace, chosen, pools, plan, resets, request_model == "single", advance or (lambda done: None))
+    before = np.cumsum(lengths) - lengths
+    start_of_piece = resets[np.searchsorted(resets, np.arange(len(lengths)), side="right") - 1]
+    return Replay(
+        policy=chosen.name,
+        pools=pools,
+        request_model=request_model,
+        schedule=plan,
+        measured=before - before[start_of_piece] >= warmup_tokens,
+        tally=tally,
+        tokens_of_call=lengths,
+        expert_bytes=default_expert_bytes(trace) if expert_bytes is None else expert_bytes,
+    )
+
+
+def _run(
+    trace: Trace,
+    policy: Any,
+    pools: Pools,
+    plan: Schedule,
+    resets: np.ndarray,
+    single: bool,
+    advance: Callable[[float], None],
+) -> Tally:
+    layers, experts = trace.num_moe_layers, trace.num_experts
+    ids = np.ascontiguousarray(trace.expert_ids).view()
+    ids.flags.writeable = False
+    tally = new_tally(len(plan.phase), layers)
+    buffers = new_buffers(experts, int(np.diff(plan.starts).max()) * trace.top_k)
+    optimum = getattr(policy, "optimum", False)
+    if optimum:
+        state = future_state(policy.state_type, ids, plan.rows, plan.starts, experts, single=single)
+    ends = np.append(resets[1:], len(plan.phase))
+    for start, end in zip(resets.tolist(), ends.tolist()):
+        residency = empty_residency(layers, experts, pools.pool_of_layer, pools.pool_slots, pools.floor)
+        if not optimum:
+            state = policy.state(layers, experts, len(pools.pool_slots))
+        for first in range(start, end, _CHUNK_CALLS):
+            last = min(end, first + _CHUNK_CALLS)
+            scores = _scores(trace, policy, plan, first, last)
+            replay_calls(
+                *(state, residency, ids, scores, plan.rows, plan.starts, plan.phase, plan.begins),
+                *(first, last, experts, single, buffers, tally),
+            )
+            advance(last / len(plan.phase))
+    return tally
+
+
+def _scores(trace: Trace, policy: Any, plan: Schedule, first: int, last: int) -> np.ndarray:
+    if trace.router_scores is None or not (getattr(policy, "needs_scores", False) or getattr(policy, "uses_scores", False)):
+        return np.zeros((0, 0, 0), np.float32)
+    return cast(np.ndarray, trace.router_scores[plan.rows[plan.starts[first] : plan.starts[last]]].astype(np.float32))
