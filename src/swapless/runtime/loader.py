@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 import time
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from swapless.errors import ClosedError, message
 
-DEMAND, PREFETCH = 0, 1
+DEMAND, PREFETCH, REST = 0, 1, 2
 
 
 class Read(NamedTuple):
@@ -50,7 +51,9 @@ class Loader:
     ) -> None:
         self._read = read
         self._slot_memory = slot_memory
-        self._tasks: queue.PriorityQueue[tuple[int, int, tuple[int, int, int] | None]] = queue.PriorityQueue()
+        self._tasks: queue.PriorityQueue[tuple[int, int, tuple[int, int, int] | threading.Barrier | None]] = (
+            queue.PriorityQueue()
+        )
         self._finished: queue.SimpleQueue[Read] = queue.SimpleQueue()
         self._issued = 0
         self._outstanding = 0
@@ -81,9 +84,22 @@ class Loader:
         self._outstanding -= 1
         return read
 
-    def drain(self) -> list[Read]:
-        """Wait for all outstanding reads and return them; used to come to rest after an error or Ctrl-C."""
-        return [self.next() for _ in range(self._outstanding)]
+    def drain(self) -> None:
+        """Come to rest after an error or Ctrl-C: drop the reads not begun, wait for those under way, forget them all.
+
+        Nothing is counted here, because Ctrl-C may strike between a queue and its counter: the threads are met at a barrier.
+        """
+        _empty(self._tasks)
+        barrier = threading.Barrier(len(self._threads) + 1)
+        try:
+            for _ in self._threads:
+                self._issued += 1
+                self._tasks.put((REST, self._issued, barrier))
+            barrier.wait()
+        finally:
+            barrier.abort()  # a second Ctrl-C must not leave the threads waiting
+            _empty(self._finished)
+            self._outstanding = 0
 
     def close(self) -> None:
         """Finish what is under way and end the threads. May be called twice."""
@@ -91,7 +107,8 @@ class Loader:
             return
         self._closed = True
         for _ in self._threads:
-            self._tasks.put((PREFETCH + 1, 0, None))
+            self._issued += 1
+            self._tasks.put((REST, self._issued, None))
         for thread in self._threads:
             thread.join()
 
@@ -100,6 +117,10 @@ class Loader:
             task = self._tasks.get()[2]
             if task is None:
                 return
+            if isinstance(task, threading.Barrier):
+                with contextlib.suppress(threading.BrokenBarrierError):
+                    task.wait()
+                continue
             moe_layer, expert, slot = task
             start = time.perf_counter()
             nbytes, failure = 0, None
@@ -108,3 +129,9 @@ class Loader:
             except BaseException as error:  # the computation's thread raises it, in its own place
                 failure = error
             self._finished.put(Read(moe_layer, expert, slot, nbytes, time.perf_counter() - start, failure))
+
+
+def _empty(waiting: queue.Queue[Any] | queue.SimpleQueue[Any]) -> None:
+    with contextlib.suppress(queue.Empty):
+        while True:
+            waiting.get_nowait()
