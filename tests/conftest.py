@@ -26,7 +26,9 @@ os.environ["NUMBA_CACHE_DIR"] = str(ROOT / "out" / "numba" / _source_hash())
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--data", metavar="DIR", default=None, help="folder of the handed traces and texts, for the tests marked data")
+    parser.addoption(
+        "--data", metavar="DIR", default=None, help="folder of the handed traces and texts, for the tests marked data"
+    )
 
 
 @pytest.fixture(scope="session")

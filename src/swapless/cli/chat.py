@@ -42,6 +42,7 @@ def talk(model: Any, tokenizer: Any, sampling: Sampling, out: Out) -> None:
         if line == "/clear":
             messages.clear()
         elif line:
+            model.swapless.reset_stats()
             asked = [*messages, {"role": "user", "content": line}]
             try:
                 reply = generate(model, tokenizer, chat_ids(tokenizer, asked), sampling, lambda piece: out.text(piece, end=""))
@@ -52,6 +53,7 @@ def talk(model: Any, tokenizer: Any, sampling: Sampling, out: Out) -> None:
             messages = [*asked, {"role": "assistant", "content": reply.text}]
             figures = measured(reply, model.swapless)
     if figures:
+        out.note("\nThe last answer:")
         summarise(figures, out)
 
 

@@ -17,7 +17,7 @@ _PARQUET = b"PAR1"
 
 
 def info(
-    path: Annotated[str, typer.Argument(metavar="PATH", help="A checkpoint folder, a hub id, or a trace.")],
+    path: Annotated[str, typer.Argument(metavar="PATH", help="A checkpoint folder or a trace.")],
     as_json: options.Json = False,
 ) -> None:
     """Say what a checkpoint or a trace is.

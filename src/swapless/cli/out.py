@@ -13,10 +13,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 __all__ = ["Out", "ProgressCall", "plain"]
 
@@ -57,7 +55,6 @@ class Out:
     def __init__(self, *, as_json: bool = False, quiet: bool = False) -> None:
         self.as_json = as_json
         self.quiet = quiet
-        self._result = Console(highlight=False, soft_wrap=True)
         self._aside = Console(stderr=True, highlight=False, soft_wrap=True)
 
     def text(self, text: str, *, end: str = "\n") -> None:
@@ -86,24 +83,23 @@ class Out:
         """
         if (self.quiet if aside else self.as_json) or not rows:
             return
-        table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
-        for number, column in enumerate(columns):
-            table.add_column(column, justify="right" if number else "left", no_wrap=True)
-        for row in rows:
-            table.add_row(*row)
-        (self._aside if aside else self._result).print(table)
+        widths = [max(len(line[place]) for line in (columns, *rows)) for place in range(len(columns))]
+        lines = [columns, ["-" * width for width in widths], *rows]
+        say = self.note if aside else self.text
+        if title:
+            say(title)
+        for line in lines:
+            cells = [cell.rjust(width) if place else cell.ljust(width) for place, (cell, width) in enumerate(zip(line, widths))]
+            say("  ".join(cells).rstrip())
 
     def facts(self, pairs: Sequence[tuple[str, str]], *, aside: bool = False) -> None:
         """Names and values, one pair a line, in two aligned columns."""
         if self.quiet if aside else self.as_json:
             return
         width = max((len(name) for name, _ in pairs), default=0)
+        say = self.note if aside else self.text
         for name, value in pairs:
-            line = f"{name:<{width}}  {value}"
-            if aside:
-                self.note(line)
-            else:
-                self.text(line)
+            say(f"{name:<{width}}  {value}")
 
     @contextmanager
     def progress(self) -> Iterator[ProgressCall]:

@@ -40,7 +40,7 @@ def run(
 ) -> None:
     """Generate text under a byte budget.
 
-    The checkpoint may be larger than the memory. Its text goes to stdout as it is generated; progress and a summary go to stderr.
+    The checkpoint may be larger than the memory. The text goes to stdout as it is generated, all else to stderr.
     """
     options.exclusive(memory=memory, resident=resident)
     if prompt is None and not chat:
@@ -66,7 +66,9 @@ def run(
                 model, tokenizer, text, sampling, out, {"checkpoint": checkpoint, "policy": policy, "seed": seed}, chat=chat
             )
         if record is not None:
-            model.swapless.trace().write(record)
+            from swapless.trace import write_trace
+
+            write_trace(record, model.swapless.trace())
             out.note(f"Wrote {record}.")
 
 

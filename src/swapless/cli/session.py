@@ -29,7 +29,7 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reply:
-    """What one generation gave: the text, why it ended (``eos``, ``stop`` or ``length``) and its times.
+    """What one generation gave: the text, why it ended (``eos``, ``stop``, ``length`` or ``context``) and its times.
 
     ``tokens_per_s`` counts the tokens after the first, over the time after the first: the speed of decoding.
     """
@@ -80,7 +80,7 @@ def open_model(checkpoint: str, out: Out, *, threads: int | None = None, **optio
         transformers.utils.logging.disable_progress_bar()
         if threads:
             torch.set_num_threads(threads)
-        model = swapless.load(checkpoint, progress=progress, **options)
+        model: Any = swapless.load(checkpoint, progress=progress, **options)
     try:
         for warning in model.swapless.budget.warnings:
             out.note(f"Note: {warning}")
@@ -113,15 +113,17 @@ def generate(model: Any, tokenizer: Any, ids: Any, sampling: Sampling, write: Ca
     Raises
     ------
     ContextError
-        Prompt and answer together exceed the context.
+        The prompt is longer than the context. An answer that would not fit ends where the context does.
     ReadError
         Expert weights could not be read; what was written so far is not whole.
     """
     import torch
 
     stream = TextStream(tokenizer, write, sampling.stop)
+    room = max(1, model.swapless.budget.context_tokens - ids.shape[-1])
     ends = model.generation_config.eos_token_id
     ends = set(ends if isinstance(ends, list) else [ends])
+    how: dict[str, Any]
     if sampling.temperature:
         how = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
     else:
@@ -131,7 +133,7 @@ def generate(model: Any, tokenizer: Any, ids: Any, sampling: Sampling, write: Ca
     model.generate(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
-        max_new_tokens=sampling.max_new_tokens,
+        max_new_tokens=min(sampling.max_new_tokens, room),
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(ends), None),
         streamer=stream,
         stopping_criteria=[lambda *_, **__: torch.tensor([stream.stopped])],
@@ -140,10 +142,11 @@ def generate(model: Any, tokenizer: Any, ids: Any, sampling: Sampling, write: Ca
     total_s = time.perf_counter() - started
     new = stream.new_ids
     first, last = stream.first_token_at, stream.last_token_at
+    limit = "length" if sampling.max_new_tokens <= room else "context"
     decode_s = (last - first) if first is not None and last is not None else 0.0
     return Reply(
         text=stream.text,
-        finish="stop" if stream.stopped else "eos" if new and new[-1] in ends else "length",
+        finish="stop" if stream.stopped else "eos" if new and new[-1] in ends else limit,
         prompt_tokens=ids.shape[-1],
         new_tokens=len(new),
         first_token_s=first - started if first is not None else None,

@@ -1,0 +1,66 @@
+"""The command as a process: Ctrl-C, a closed pipe, a traceback only on request."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+COMMAND = [sys.executable, "-c", "from swapless.cli.main import main; main()"]
+
+
+@pytest.fixture
+def start(endless):
+    processes = []
+
+    def begin(*arguments, **environment):
+        process = subprocess.Popen(
+            [*COMMAND, "run", endless, "--resident", "25%", "--threads", "1", *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+            env=os.environ | environment,
+        )
+        processes.append(process)
+        return process
+
+    yield begin
+    for process in processes:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+_LONG = ("--prompt", "The", "--max-new-tokens", "900")
+
+
+def test_ctrl_c_while_generating_leaves_nothing_running(start):
+    process = start(*_LONG)
+    assert process.stdout.read(1)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130, stderr
+    assert b"Traceback" not in stderr
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)
+
+
+def test_a_closed_pipe_is_no_crash(start):
+    process = start(*_LONG)
+    assert process.stdout.read(1)
+    process.stdout.close()
+    assert process.wait(timeout=120) == 1
+    assert b"Traceback" not in process.stderr.read()
+
+
+def test_a_traceback_only_on_request(start):
+    plain, debug = (
+        start("--context", "1", "--prompt", "x y z"),
+        start("--context", "1", "--prompt", "x y z", SWAPLESS_DEBUG="1"),
+    )
+    stderr = plain.communicate(timeout=120)[1]
+    assert plain.returncode == 1 and stderr.startswith(b"Error: ") and b"Traceback" not in stderr
+    assert b"Traceback" in debug.communicate(timeout=120)[1]

@@ -1,0 +1,179 @@
+"""``swapless run``: the text, where it goes, and the figures beside it."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+PROMPT = "Once upon a time"
+FIELDS = {
+    "text": str,
+    "finish": str,
+    "prompt_tokens": int,
+    "new_tokens": int,
+    "tokens_per_s": float,
+    "first_token_s": float,
+    "total_s": float,
+    "requests": int,
+    "hits": int,
+    "hit_rate": float,
+    "bytes_read": int,
+    "decode_bytes_read": int,
+    "bytes_read_per_token": float,
+    "reads": int,
+    "read_s": float,
+    "stall_s": float,
+    "compute_s": float,
+    "stall_share": float,
+    "peak_memory_bytes": int,
+    "peak_memory_source": str,
+    "memory_budget_bytes": int,
+    "slots": int,
+    "checkpoint": str,
+    "policy": str,
+    "seed": int,
+}
+
+
+@pytest.fixture
+def run(swapless, checkpoint):
+    def call(*arguments, residency=("--resident", "25%"), **options):
+        return swapless("run", checkpoint, *residency, "--threads", 1, "--max-new-tokens", 12, *arguments, **options)
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def reference(checkpoint):
+    """What transformers itself writes: eager experts, all weights in memory, one thread, the likeliest token."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, experts_implementation="eager")
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    ids = tokenizer(PROMPT, return_tensors="pt")["input_ids"]
+    out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)
+    torch.set_num_threads(threads)
+    return tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+
+
+def test_the_text_is_the_reference_text_and_the_summary_stands_aside(run, reference):
+    done = run("--prompt", PROMPT)
+    assert done.exit_code == 0, done.stderr
+    assert done.stdout == reference + "\n"
+    for word in ("tok/s", "hit rate", "read a token", "waiting for reads", "peak memory"):
+        assert word in done.stderr
+
+
+def test_json_is_one_document_with_every_field(run, reference, checkpoint):
+    done = run("--prompt", PROMPT, "--json", "--quiet")
+    assert done.exit_code == 0 and done.stderr == ""
+    shown = json.loads(done.stdout)
+    assert {name: type(value) for name, value in shown.items()} == FIELDS
+    assert shown["text"] == reference
+    assert shown["checkpoint"] == checkpoint
+    assert shown["hits"] <= shown["requests"] and shown["hit_rate"] == shown["hits"] / shown["requests"]
+    assert 0 < shown["decode_bytes_read"] <= shown["bytes_read"]
+    assert shown["peak_memory_bytes"] > 0
+    assert shown["new_tokens"] <= 12
+
+
+def test_a_budget_in_bytes_is_kept(run):
+    done = run("--prompt", PROMPT, "--json", residency=("--memory", "1GiB"))
+    shown = json.loads(done.stdout)
+    assert shown["memory_budget_bytes"] == 2**30
+    assert shown["hit_rate"] > 0
+
+
+def test_the_prompt_comes_from_stdin(run, reference):
+    assert run("--prompt", "-", "--quiet", input=PROMPT + "\n").stdout == reference + "\n"
+
+
+def test_a_seed_repeats_a_sample_and_another_one_differs(run):
+    first, again, other = (
+        run("--prompt", PROMPT, "-q", "--temperature", 1, "--top-p", 0.95, "--seed", seed).stdout for seed in (1, 1, 2)
+    )
+    assert first == again != other
+
+
+def test_it_ends_before_a_stop_string(run, reference):
+    stop = reference[5:7]
+    done = json.loads(run("--prompt", PROMPT, "--json", "--stop", stop, "--stop", "\x00").stdout)
+    assert done["finish"] == "stop"
+    assert done["text"] == reference[: reference.index(stop)]
+
+
+def test_the_answer_ends_where_the_context_does(run):
+    done = json.loads(run("--prompt", PROMPT, "--json", "--context", 8).stdout)
+    assert done["finish"] in ("context", "eos")
+    assert done["prompt_tokens"] + done["new_tokens"] <= 8
+
+
+def test_it_records_a_trace(run, tmp_path):
+    from swapless.trace import read_trace
+
+    done = run("--prompt", PROMPT, "--json", "--record", tmp_path / "t.parquet")
+    assert done.exit_code == 0, done.stderr
+    shown = json.loads(done.stdout)
+    trace = read_trace(tmp_path / "t.parquet")
+    assert len(trace) == shown["prompt_tokens"] + shown["new_tokens"] - 1
+
+
+def test_one_message_through_the_chat_template(run):
+    done = run("--chat", "--prompt", "Hello", "--json")
+    assert done.exit_code == 0, done.stderr
+    assert json.loads(done.stdout)["prompt_tokens"] > 0
+
+
+def test_a_conversation_until_exit(run):
+    done = run("--chat", input="Hello\n\n/clear\nAnd now?\n/exit\nnever read\n")
+    assert done.exit_code == 0, done.stderr
+    assert "The last answer" in done.stderr
+    again = run("--chat", input="And now?\n")
+    assert done.stdout.endswith(again.stdout)
+
+
+def test_an_earlier_turn_is_remembered(run):
+    with_it = run("--chat", "-q", input="The cat is red.\nAnd now?\n").stdout
+    without = run("--chat", "-q", input="And now?\n").stdout
+    assert not with_it.endswith(without)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((), "nothing to continue"),
+        (("--chat", "--json"), "--json"),
+        (("--prompt", "x", "--memory", "1GiB"), "exclude each other"),
+        (("--prompt", "x", "--policy", "lur"), "Did you mean 'lru'?"),
+        (("--prompt", "x", "--record", "no/such/folder/t.parquet"), "--record"),
+        (("--prompt", "x", "--max-new-tokens", "0"), "--max-new-tokens"),
+        (("--prompt", "x", "--top-p", "1.5"), "--top-p"),
+        (("--promt", "x"), "--prompt"),
+    ],
+)
+def test_wrong_usage_exits_with_2(run, arguments, words):
+    done = run(*arguments)
+    assert done.exit_code == 2
+    assert words in done.stderr
+    assert done.stdout == ""
+
+
+@pytest.mark.parametrize("size", ["8G", "lots", "-1GiB", "0B"])
+def test_a_size_needs_its_unit(run, size):
+    done = run("--prompt", "x", residency=("--memory", size))
+    assert done.exit_code == 2 and "size" in done.stderr
+
+
+@pytest.mark.parametrize("share", ["0", "120%", "much"])
+def test_a_share_lies_in_its_range(run, share):
+    done = run("--prompt", "x", residency=("--resident", share))
+    assert done.exit_code == 2 and "25% or 0.25" in done.stderr
+
+
+def test_stdin_that_is_no_text_is_refused(run):
+    done = run("--prompt", "-", input=b"\xff\xfe\x00")
+    assert done.exit_code == 2 and "UTF-8" in done.stderr
