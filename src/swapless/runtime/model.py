@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
@@ -183,7 +184,7 @@ def _load_non_experts(opened: OpenCheckpoint, attn_implementation: str | None) -
             output_loading_info=True,
             local_files_only=True,
         )
-    except RuntimeError as error:
+    except (RuntimeError, SafetensorError) as error:
         raise CheckpointCorruptError(
             message("Weights do not fit the model.", where=opened.folder, got=str(error).splitlines()[0])
         ) from error
