@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from swapless.locality._windows import check_segments
+from swapless.locality._segments import check_segments
 from swapless.trace.capacity import CapacityCurves, Level, Source, StackPass, capacity_curves
 from swapless.trace.parallel import Advance, nothing
 
@@ -90,7 +90,7 @@ def sch_static(
     ----------
     .. [1] arXiv:2505.16056, version 1, section 3.
     """
-    from swapless.locality._windows import ranked_uses
+    from swapless.locality._kernels import ranked_uses
 
     def pass_of(window: int) -> StackPass:
         def kernel(refs: np.ndarray, offsets: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:

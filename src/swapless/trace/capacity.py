@@ -98,7 +98,9 @@ class CapacityCurves:
         """
         rows = slice(None) if domain is None else [self.domains.index(domain)]
         requests = self.requests[rows].sum(axis=0)[:, None]
-        return np.divide(self.hits(cold, domain), requests, out=np.full(self.repeated_hits.shape[1:], np.nan), where=requests > 0)
+        return np.divide(
+            self.hits(cold, domain), requests, out=np.full(self.repeated_hits.shape[1:], np.nan), where=requests > 0
+        )
 
 
 @dataclass(frozen=True, slots=True)

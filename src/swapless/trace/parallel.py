@@ -22,7 +22,9 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def spread(work: Callable[[Item], Result], items: Iterable[Item], *, threads: int | None = None) -> Iterator[tuple[Item, Result]]:
+def spread(
+    work: Callable[[Item], Result], items: Iterable[Item], *, threads: int | None = None
+) -> Iterator[tuple[Item, Result]]:
     """Each item with its result, as they finish; at most two items a thread are in flight, so memory stays bounded.
 
     The order of finishing varies; sum integers, or place results by their item, so that it never shows in a result.

@@ -12,7 +12,7 @@ from typing import Any, no_type_check
 import numpy as np
 from numba import njit
 
-from swapless.trace.stacks import FREQUENCY, NEXT_USE, RECENCY, key_bits, next_uses
+from swapless.trace.stacks import NEXT_USE, key_bits, next_uses
 
 
 def pinned_hits(
@@ -28,9 +28,6 @@ def pinned_hits(
     coming = next_uses(refs, offsets, width, kept) if rule == NEXT_USE else np.zeros((0, 0), np.int64)
     _pinned_pass(refs, offsets, width, rule, kept, id_bits, shift, coming, found, first)
     return found, first
-
-
-assert (RECENCY, FREQUENCY, NEXT_USE) == (0, 1, 2)
 
 
 @njit(cache=True, nogil=True)

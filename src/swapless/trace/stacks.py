@@ -4,8 +4,8 @@ A cache that evicts the resident of lowest priority, where priorities do not dep
 property: the contents of a cache of C experts are the first C places of one list. A reference found at depth d is a hit for
 every C > d. One pass over the references therefore gives the hit rate of all sizes.
 
-Three rules share the pass: LOOKAHEAD (uses within a window of coming tokens, then recency), FREQUENCY (uses so far, then
-recency) and NEXT_USE (the clairvoyant). Scoring is either on the state before the token (``live=False``) or reference by
+Four rules share the pass: LOOKAHEAD (uses within a window of coming tokens, then recency), FREQUENCY (uses so far, then
+recency), NEXT_USE (the clairvoyant) and RECENCY. Scoring is either on the state before the token (``live=False``) or reference by
 reference. Needs numba, so nothing imports this file before it has work for it.
 """
 
@@ -18,16 +18,14 @@ from numba import njit
 
 from swapless.errors import UsageError, message
 
-LOOKAHEAD, FREQUENCY, NEXT_USE = 0, 1, 2
-RECENCY = LOOKAHEAD
-"""Least recently used is the look-ahead rule with a window of one token."""
+LOOKAHEAD, FREQUENCY, NEXT_USE, RECENCY = 0, 1, 2, 3
 
 
 def key_bits(num_tokens: int, refs_a_token: int, width: int, rule: int, window: int) -> tuple[int, int]:
     """Bits of a priority key that hold the expert, and bits that hold the expert and the time of its last use."""
     id_bits = max(1, (width - 1).bit_length())
     time_bits = (num_tokens * refs_a_token + 2).bit_length()
-    count_bits = 0 if rule == NEXT_USE else ((window if rule == LOOKAHEAD else num_tokens) + 1).bit_length()
+    count_bits = 0 if rule in (NEXT_USE, RECENCY) else ((window if rule == LOOKAHEAD else num_tokens) + 1).bit_length()
     if id_bits + time_bits + count_bits > 62:
         what = "The trace is too long for the priority keys of one pass."
         got = f"{num_tokens} tokens x {refs_a_token} references, {width} experts"
@@ -35,8 +33,9 @@ def key_bits(num_tokens: int, refs_a_token: int, width: int, rule: int, window: 
     return id_bits, id_bits + time_bits
 
 
-def stack_hits(refs: np.ndarray, offsets: np.ndarray, width: int, *, rule: int, window: int = 1, live: bool = False,
-               kept: bool = False) -> tuple[np.ndarray, np.ndarray]:
+def stack_hits(
+    refs: np.ndarray, offsets: np.ndarray, width: int, *, rule: int, window: int = 1, live: bool = False, kept: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
     """Depth at which each reference was found, counted for each document.
 
     Parameters
@@ -48,9 +47,9 @@ def stack_hits(refs: np.ndarray, offsets: np.ndarray, width: int, *, rule: int, 
     width : int
         Number of experts that the cache may be asked for; ids lie in [0, width).
     rule : int
-        LOOKAHEAD, FREQUENCY or NEXT_USE.
+        LOOKAHEAD, FREQUENCY, NEXT_USE or RECENCY.
     window : int
-        Tokens of look-ahead, this one included; for LOOKAHEAD only. 1 is LRU.
+        Tokens of look-ahead, this one included; for LOOKAHEAD only.
     live : bool
         Score a reference on the state that it meets, not on the state before its token.
     kept : bool
@@ -66,6 +65,9 @@ def stack_hits(refs: np.ndarray, offsets: np.ndarray, width: int, *, rule: int, 
     """
     documents = len(offsets) - 1
     found, first = np.zeros((documents, width), np.int64), np.zeros((documents, width), np.int64)
+    if not live and (rule == RECENCY or (rule == LOOKAHEAD and window == 1)):  # the same, then
+        _recency_pass(refs, offsets, width, kept, found, first)
+        return found, first
     id_bits, shift = key_bits(len(refs), refs.shape[1], width, rule, window)
     coming = next_uses(refs, offsets, width, kept) if rule == NEXT_USE else np.zeros((0, 0), np.int64)
     _stack_pass(refs, offsets, width, rule, window, live, kept, id_bits, shift, coming, found, first)
@@ -104,14 +106,12 @@ def _carry(stack: Any, size: int, old_key: int, new_key: int) -> int:
         return 0
     for i in range(1, size + 1):
         held = stack[i]
-        if held < carried:
-            stack[i] = carried
-            if held == old_key:
-                return i
-            carried = held
-        elif held == old_key:
+        if held == old_key:
             stack[i] = carried
             return i
+        # Without a branch: which of the two is higher is a coin toss that no processor predicts.
+        stack[i] = max(held, carried)
+        carried = min(held, carried)
     return size
 
 
@@ -159,7 +159,9 @@ def _stack_pass(
                     after = coming[t, j]
                     new = x if after < 0 else ((latest - after) << id_bits) | x
                 else:
-                    uses = (old >> shift) - 1 if rule == 0 else (old >> shift) + 1
+                    uses = np.int64(0)
+                    if rule != 3:
+                        uses = (old >> shift) - 1 if rule == 0 else (old >> shift) + 1
                     new = (uses << shift) | (clock << id_bits) | x
                 key[x] = new
                 if seen[x]:
@@ -174,3 +176,48 @@ def _stack_pass(
                     else:
                         _carry(stack, size, np.int64(-1), new)
                     size += 1
+
+
+@njit(cache=True, nogil=True)
+@no_type_check
+def _recency_pass(refs: Any, offsets: Any, width: int, kept: bool, found: Any, first: Any) -> None:
+    """The stack of LRU, token by token: what was used goes on top, the last one highest, and the rest keeps its order."""
+    places = refs.shape[1]
+    stack, pushed = np.empty(width, np.int32), np.empty(places, np.int32)
+    seen, asked = np.zeros(width, np.bool_), np.zeros(width, np.bool_)
+    rest = np.empty(width, np.int32)
+    size = 0
+    for document in range(len(offsets) - 1):
+        if document == 0 or not kept:
+            size = 0
+            seen[:] = False
+        for t in range(offsets[document], offsets[document + 1]):
+            top, awaited, unseen = 0, 0, size
+            for j in range(places):
+                x = refs[t, j]
+                if x >= 0:
+                    pushed[top] = x
+                    top += 1
+                    asked[x] = True
+                    if seen[x]:
+                        awaited += 1
+                    else:
+                        seen[x] = True
+                        first[document, unseen] += 1
+                        unseen += 1
+            i = other = 0
+            while awaited > 0 or (i < size and unseen > size):
+                x = stack[i]
+                if asked[x]:
+                    found[document, i] += 1
+                    awaited -= 1
+                else:
+                    rest[other] = x
+                    other += 1
+                i += 1
+            for j in range(top):
+                stack[top - 1 - j] = pushed[j]
+                asked[pushed[j]] = False
+            for j in range(other):
+                stack[top + j] = rest[j]
+            size = unseen

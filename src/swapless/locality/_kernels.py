@@ -77,17 +77,61 @@ def ranked_uses(ids: Any, offsets: Any, width: int, window: int, uses: Any) -> N
                     count[x] += 1
 
 
-def check_segments(segments: Any) -> list[int]:
-    """Segment lengths in tokens, as a list of ints.
+@njit(cache=True, nogil=True)
+@no_type_check
+def distances(ids: Any, offsets: Any, num_experts: int, counts: Any, gaps: Any) -> None:
+    """Add up shared, could-share and all uses in ``counts`` (3), and uses by the tokens since the last one in ``gaps``."""
+    last = np.empty(num_experts, np.int64)
+    for document in range(len(offsets) - 1):
+        last[:] = -1
+        for t in range(offsets[document], offsets[document + 1]):
+            for j in range(ids.shape[1]):
+                x = ids[t, j]
+                if x < 0:
+                    continue
+                counts[2] += 1
+                counts[1] += t > offsets[document]
+                if last[x] >= 0:
+                    gaps[t - last[x] - 1] += 1
+                    counts[0] += t - last[x] == 1
+                last[x] = t
 
-    Raises
-    ------
-    UsageError
-        None, or one that is no int of at least 1.
-    """
-    from swapless.errors import UsageError, message
 
-    lengths = [segments] if isinstance(segments, (int, np.integer)) else list(segments)
-    if not lengths or any(isinstance(m, bool) or not isinstance(m, (int, np.integer)) or m < 1 for m in lengths):
-        raise UsageError(message("Segment lengths must be ints of at least 1.", got=repr(segments), allowed="4,16,64,256"))
-    return [int(m) for m in lengths]
+@njit(cache=True, nogil=True)
+@no_type_check
+def window_balance(ids: Any, offsets: Any, num_experts: int, window: int, logs: Any, sums: Any, covered: Any) -> None:
+    """Add variation, entropy and number of windows to ``sums`` (3), and active (window, token) pairs to ``covered`` (E)."""
+    count = np.zeros(num_experts, np.int64)
+    scale = np.log(num_experts) if num_experts > 1 else 1.0
+    for document in range(len(offsets) - 1):
+        begin, end = offsets[document], offsets[document + 1]
+        windows = end - begin - window + 1
+        if windows <= 0:
+            continue
+        count[:] = 0
+        total = squares = 0
+        plogs = 0.0
+        for entering in range(begin, end):
+            leaving = entering - window
+            left = windows - max(0, leaving - begin + 1)
+            if leaving >= begin:
+                for j in range(ids.shape[1]):
+                    x = ids[leaving, j]
+                    if x >= 0:
+                        covered[x] -= left
+                        squares -= 2 * count[x] - 1
+                        plogs += logs[count[x] - 1] - logs[count[x]]
+                        count[x] -= 1
+                        total -= 1
+            for j in range(ids.shape[1]):
+                x = ids[entering, j]
+                if x >= 0:
+                    covered[x] += left
+                    squares += 2 * count[x] + 1
+                    plogs += logs[count[x] + 1] - logs[count[x]]
+                    count[x] += 1
+                    total += 1
+            if leaving >= begin - 1 and total > 0:
+                sums[0] += np.sqrt(max(0.0, num_experts * squares / (total * total) - 1.0))
+                sums[1] += (np.log(total) - plogs / total) / scale
+                sums[2] += 1
