@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import replace
@@ -205,4 +206,4 @@ def split(trace: Trace, fractions: Sequence[float] = (0.8, 0.2), *, seed: int = 
     edges = np.round(np.cumsum([0.0, *fractions]) * len(groups)).astype(int)
     for part in range(1, len(edges) - 1):  # every part keeps at least one
         edges[part] = min(max(edges[part], edges[part - 1] + 1), len(groups) - (len(fractions) - part))
-    return [trace.rows(np.isin(labels, order[first:last])) for first, last in zip(edges[:-1], edges[1:])]
+    return [trace.rows(np.isin(labels, order[first:last])) for first, last in itertools.pairwise(edges)]

@@ -5,8 +5,8 @@ property: the contents of a cache of C experts are the first C places of one lis
 every C > d. One pass over the references therefore gives the hit rate of all sizes.
 
 Four rules share the pass: LOOKAHEAD (uses within a window of coming tokens, then recency), FREQUENCY (uses so far, then
-recency), NEXT_USE (the clairvoyant) and RECENCY. Scoring is either on the state before the token (``live=False``) or reference by
-reference. Needs numba, so nothing imports this file before it has work for it.
+recency), NEXT_USE (the clairvoyant) and RECENCY. Scoring is either on the state before the token (``live=False``) or
+reference by reference. Needs numba, so nothing imports this file before it has work for it.
 """
 
 from __future__ import annotations

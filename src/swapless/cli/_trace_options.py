@@ -1,0 +1,70 @@
+"""Options that every verb over traces shares: which rows of a trace to look at, and what its model is called."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from swapless.trace import Trace
+
+Documents = Annotated[
+    str | None, typer.Option("--documents", metavar="RANGE", help="Only these documents, as 0-998 or 3 or 0-9,20-29.")
+]
+Domain = Annotated[str | None, typer.Option("--domain", metavar="NAME", help="Only documents with this label.")]
+PhaseName = Annotated[str | None, typer.Option("--phase", metavar="PHASE", help="Only prefill or only decode.")]
+ModelId = Annotated[str | None, typer.Option("--model-id", metavar="ID", help="The model of a trace that does not name one.")]
+
+
+def chosen_trace(
+    path: Path,
+    *,
+    documents: str | None = None,
+    domain: str | None = None,
+    phase: str | None = None,
+    model_id: str | None = None,
+    columns: tuple[str, ...] | None = None,
+) -> Trace:
+    """Read a trace and keep the rows that the shared options name.
+
+    Raises
+    ------
+    TraceMismatchError
+        ``model_id`` differs from the one that the trace names.
+    TraceError, UsageError
+        As reading and choosing do.
+    """
+    from dataclasses import replace
+
+    from swapless.errors import TraceMismatchError, message
+    from swapless.trace import read_trace, select
+
+    trace = read_trace(path, columns=columns)
+    if model_id is not None and trace.header.model_id not in (None, model_id):
+        what = "The trace is of another model than --model-id says."
+        raise TraceMismatchError(message(what, where=path, got=model_id, allowed=trace.header.model_id))
+    if model_id is not None:
+        trace = replace(trace, header=replace(trace.header, model_id=model_id))
+    return select(trace, documents=documents, domain=domain, phase=phase)
+
+
+def number_list(text: str, *, what: str, whole: bool) -> list[float]:
+    """Positive numbers of a comma-separated option, ascending and each once.
+
+    Raises
+    ------
+    UsageError
+        Something that is no positive number (no positive int with ``whole``).
+    """
+    from swapless.errors import UsageError, message
+
+    try:
+        numbers = sorted({int(part) if whole else float(part) for part in text.split(",")})
+    except ValueError:
+        numbers = []
+    if not numbers or not numbers[0] > 0 or numbers[-1] == float("inf"):
+        kind = "positive ints" if whole else "positive numbers"
+        raise UsageError(message(f"{what} must be {kind}, separated by commas.", got=repr(text)))
+    return numbers
