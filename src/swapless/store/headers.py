@@ -89,7 +89,7 @@ def find_shards(folder: Path) -> list[Path]:
     index = folder / INDEX_NAME
     if index.exists():
         weight_map = _read_json_object(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
+        if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(n, str) for n in weight_map.values()):
             raise CheckpointCorruptError(message("The index has no weight_map.", where=index, step="Download the index again."))
         shards = [folder / name for name in sorted(set(weight_map.values()))]
         for shard in shards:
@@ -165,6 +165,10 @@ def read_header(shard: Path) -> dict[str, TensorRef]:
         header = json.loads(raw)
     except ValueError as error:
         raise CheckpointCorruptError(message("The shard's header is not JSON.", where=shard, step=_AGAIN)) from error
+    if not isinstance(header, dict):
+        raise CheckpointCorruptError(
+            message("The shard's header must be a JSON object.", where=shard, got=type(header).__name__, step=_AGAIN)
+        )
     refs = {}
     for key, entry in header.items():
         if key != "__metadata__":
@@ -190,7 +194,7 @@ def _checked_ref(shard: Path, key: str, entry: Any, data_start: int, size: int) 
     expected = DTYPE_BYTES[dtype]
     for n in shape:
         expected *= n
-    if begin < 0 or end - begin != expected:
+    if begin < 0 or min(shape, default=0) < 0 or end - begin != expected:
         raise CheckpointCorruptError(
             message(
                 "A tensor's byte range does not fit its shape and type.",

@@ -106,19 +106,20 @@ class FileReader:
                 raise ReadError(
                     message("A read of expert weights failed.", where=f"{path}, byte {start + done}", got=error.strerror)
                 ) from error
-            if got == 0:
+            whole = done + got
+            if opened.direct and whole < wanted:
+                whole = whole // BLOCK_BYTES * BLOCK_BYTES  # a short direct read must go on from a whole block
+            if whole <= done:  # nothing, or the piece of a block that only the end of a file leaves
                 raise ReadError(
                     message(
                         "A shard is shorter than when it was opened.",
                         where=path,
-                        got=f"{start + done} bytes",
+                        got=f"{start + done + got} bytes",
                         allowed=f"at least {offset + nbytes} bytes",
                         step="Restore the file and load the model again.",
                     )
                 )
-            done += got
-            if opened.direct and done < wanted:
-                done = done // BLOCK_BYTES * BLOCK_BYTES  # a short direct read must go on from a whole block
+            done = whole
         if not opened.direct:
             _drop_pages(opened.fd, start, rounded)
         return buffer[offset - start : offset - start + nbytes]
