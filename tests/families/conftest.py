@@ -1,0 +1,46 @@
+"""One thread, since the number of threads changes the last bits; and the sweep's own lines in pytest's summary."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+SWEPT = pytest.StashKey[dict[str, list[str]]]()
+"""Family to the layouts that agreed in every bit."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[SWEPT] = {}
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def swept(request: pytest.FixtureRequest) -> dict[str, list[str]]:
+    """Where the sweep notes what agreed."""
+    return request.config.stash[SWEPT]
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    swept = config.stash.get(SWEPT, {})
+    if not swept:
+        return
+    from tests.families.tiny import NOT_RUN
+
+    both = sum(len(layouts) == 2 for layouts in swept.values())
+    terminalreporter.write_sep("-", "families against eager transformers")
+    terminalreporter.write_line(f"{both} families bit-identical on both layouts; not run, and why:")
+    for name, reason in NOT_RUN.items():
+        terminalreporter.write_line(f"  {name}: {reason}")
