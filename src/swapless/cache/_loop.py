@@ -85,7 +85,8 @@ def replay_calls(
 ) -> None:
     """Replay the calls ``first_call .. end_call - 1``. State, residency, buffers and tally change.
 
-    ``scores`` float32 (rows of these calls in order, L, E), or (0, 0, 0) where none are fed. ``single``: requests are judged one at a time.
+    ``scores`` float32 (rows of these calls in order, L, E), or (0, 0, 0) where none are fed. ``single``: requests are judged
+    one at a time.
     """
     b = buffers
     for c in range(first_call, end_call):

@@ -2,9 +2,10 @@
 
 ``belady`` evicts the expert whose next use is farthest away and always inserts what missed (an engine that must have the
 expert in a slot). ``belady_bypass`` may also leave a miss outside, read once and forgotten: it keeps, of what may go and what
-missed, the experts needed soonest. Both are exact for the request model of the replay that feeds them: uses of one demand set
-share a time when it is judged at once, and each has its own when requests come one at a time. The proof is a test against
-brute force. Under a floor the choice is restricted to what may go, which is a bound no longer.
+missed, the experts needed soonest; between two needed at once, the one needed again sooner, because a hit pins its slot and
+only an expert that goes on being needed makes use of it. Both are exact for the request model of the replay that feeds them:
+uses of one demand set share a time when it is judged at once, and each has its own when requests come one at a time. The proof
+is a test against brute force. Under a floor the choice is restricted to what may go, which is a bound no longer.
 """
 
 from __future__ import annotations
@@ -49,7 +50,18 @@ def _on_access(state, residency, pool, key, hit, clock, phase):  # type: ignore[
 
 
 @compiled
-def _farthest(state: Any, residency: Any, pool: Any, clock: Any) -> Any:
+def _sooner(state: Any, one: Any, other: Any) -> Any:
+    """Whether ``one`` is needed before ``other``; where both are needed at once, the uses after that decide."""
+    mine, its = state.cursor[one], state.cursor[other]
+    while mine < state.last[one] and its < state.last[other]:
+        if state.uses[mine] != state.uses[its]:
+            return state.uses[mine] < state.uses[its]
+        mine += 1
+        its += 1
+    return mine < state.last[one]
+
+
+def _victim(state, residency, pool, clock):  # type: ignore[no-untyped-def]
     best = np.int32(-1)
     farthest = np.int32(-1)
     for slot in range(residency.pool_start[pool], residency.pool_start[pool + 1]):
@@ -61,37 +73,44 @@ def _farthest(state: Any, residency: Any, pool: Any, clock: Any) -> Any:
     return best
 
 
-def _victim(state, residency, pool, clock):  # type: ignore[no-untyped-def]
-    return _farthest(state, residency, pool, clock)
+@compiled
+def _last_needed(state: Any, residency: Any, pool: Any, clock: Any) -> Any:
+    best = np.int32(-1)
+    for slot in range(residency.pool_start[pool], residency.pool_start[pool + 1]):
+        if may_go(residency, slot, clock) and (
+            best < 0 or _sooner(state, residency.key_of_slot[best], residency.key_of_slot[slot])
+        ):
+            best = np.int32(slot)
+    return best
+
+
+def _last_needed_victim(state, residency, pool, clock):  # type: ignore[no-untyped-def]
+    return _last_needed(state, residency, pool, clock)
 
 
 def _admit(state, residency, pool, key, clock, phase):  # type: ignore[no-untyped-def]
-    slot = _farthest(state, residency, pool, clock)
+    slot = _last_needed(state, residency, pool, clock)
     # The key's own cursor has moved on: on_access comes before admission.
-    return slot >= 0 and _next_use(state, key) < _next_use(state, residency.key_of_slot[slot])
+    return slot >= 0 and _sooner(state, key, residency.key_of_slot[slot])
 
 
 def _arrange(state, residency, base, experts):  # type: ignore[no-untyped-def]
     # Needed again soonest first, so that admission in this order keeps the best of all that missed.
+    for i in range(len(experts)):
+        state.cursor[base + experts[i]] += 1
     for i in range(1, len(experts)):
         expert = experts[i]
-        state.cursor[base + expert] += 1
-        use = _next_use(state, base + expert)
-        state.cursor[base + expert] -= 1
-        j = i - 1
-        while j >= 0:
-            state.cursor[base + experts[j]] += 1
-            other = _next_use(state, base + experts[j])
-            state.cursor[base + experts[j]] -= 1
-            if other <= use:
-                break
-            experts[j + 1] = experts[j]
+        j = i
+        while j > 0 and _sooner(state, base + expert, base + experts[j - 1]):
+            experts[j] = experts[j - 1]
             j -= 1
-        experts[j + 1] = expert
+        experts[j] = expert
+    for i in range(len(experts)):
+        state.cursor[base + experts[i]] -= 1
 
 
 rules(BeladyState, on_access=_on_access, victim=_victim)
-rules(BeladyBypassState, on_access=_on_access, victim=_victim, admit=_admit, arrange=_arrange)
+rules(BeladyBypassState, on_access=_on_access, victim=_last_needed_victim, admit=_admit, arrange=_arrange)
 
 
 @final

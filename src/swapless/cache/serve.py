@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from swapless.cache.compiled import compiled
-from swapless.cache.policy import Policy, admit, on_access, on_evict, on_insert, victim
+from swapless.cache.policy import Policy, admit, on_access, on_document, on_evict, on_insert, on_scores, victim
 from swapless.cache.residency import Residency, empty_residency
 from swapless.notation import Phase
 
@@ -174,8 +174,18 @@ class ExpertCache:
         self.residency: Residency = empty_residency(self.num_moe_layers, self.num_experts, self.pool_of_layer, self.pool_slots)
         self._state = self.policy.state(self.num_moe_layers, self.num_experts, len(self.pool_slots))
 
-    def request(self, moe_layer: int, ids: np.ndarray, phase: Phase) -> Served:
-        """Serve the experts of ``ids`` (int64, any shape; ids outside [0, E) stand for none). Changes the cache."""
+    def begin_document(self) -> None:
+        """Tell the policy that a new text begins. What is resident stays."""
+        _begun(self._state, self.residency)
+
+    def request(self, moe_layer: int, ids: np.ndarray, phase: Phase, scores: np.ndarray | None = None) -> Served:
+        """Serve the experts of ``ids`` (int64, any shape; ids outside [0, E) stand for none). Changes the cache.
+
+        ``scores`` float32 (tokens, E): the router's output for every expert, for the policies that use it.
+        """
+        if scores is not None:
+            for row in scores:
+                _scored(self._state, self.residency, moe_layer, row)
         distinct, tokens, slot, wave, evicted, count = self._buffers
         n = demand_order(ids.reshape(-1), self.num_experts, distinct, tokens, count)
         experts = distinct[:n]
@@ -205,3 +215,13 @@ class ExpertCache:
 @compiled
 def _evicted(state: Any, residency: Any, pool: int, key: int) -> None:
     on_evict(state, residency, pool, key, residency.clock[0])
+
+
+@compiled
+def _begun(state: Any, residency: Any) -> None:
+    on_document(state, residency)
+
+
+@compiled
+def _scored(state: Any, residency: Any, moe_layer: int, scores: Any) -> None:
+    on_scores(state, residency, moe_layer, scores)

@@ -15,7 +15,7 @@ from swapless.errors import UsageError, message
 class SlruState(NamedTuple):
     """Two rings a pool, heads ``L*E + pool`` (probation) and ``L*E + pools + pool`` (protected).
 
-    ``protected`` uint8 (L*E,): the key is in the second, which holds ``protected_count`` int32 (pools,). ``share`` float64 (1,).
+    ``protected`` uint8 (L*E,): the key is in the second, which holds ``protected_count`` int32 (pools,) of ``share`` (1,).
     """
 
     before: np.ndarray
