@@ -165,7 +165,11 @@ CDLA-Sharing-1.0. The code of the project has its own licence.
             [
                 ["steps", f"{training['step']:,}"],
                 ["tokens", f"{training['tokens']:,}"],
-                ["training time (two shared CPU cores, two threads, float32)", f"{training['elapsed_s'] / 60:.1f} minutes"],
+                ["training time (two threads, float32)", f"{training['elapsed_s'] / 60:.1f} minutes"],
+                [
+                    "speed (both CPU cores shared with other busy processes)",
+                    f"{training['tokens'] / training['elapsed_s']:,.0f} tokens/s",
+                ],
                 ["seed", str(recipe.seed)],
                 [
                     "batch",
