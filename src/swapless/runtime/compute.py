@@ -12,6 +12,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from swapless.runtime.families import ACCUMULATE_IN
+
 _ALIGNMENT = 64
 
 
@@ -74,6 +76,12 @@ class _ManyTokens:
         token, place = self._rows[expert]
         weighted = y_ND * self._weights_TK[token, place, None]
         out_TD.index_add_(0, token, weighted.to(out_TD.dtype))
+
+
+def accumulator(module: Any, hidden_TD: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
+    """Zeros of shape (T, D), in the type in which the module's eager forward adds up."""
+    kinds = {"float32": torch.float32, "gate weights": weights_TK.dtype}
+    return torch.zeros_like(hidden_TD, dtype=kinds.get(ACCUMULATE_IN.get(type(module).__name__, ""), hidden_TD.dtype))
 
 
 def expert_output(module: Any, weights: dict[str, torch.Tensor], hidden_ND: torch.Tensor) -> torch.Tensor:

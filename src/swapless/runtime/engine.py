@@ -17,7 +17,7 @@ from swapless.cache.serve import ExpertCache, Served
 from swapless.errors import ClosedError, ReadError, UnsupportedOperationError, message
 from swapless.notation import Phase
 from swapless.runtime.budget import Budget
-from swapless.runtime.compute import Routed, expert_output, routed
+from swapless.runtime.compute import Routed, accumulator, expert_output, routed
 from swapless.runtime.loader import Loader, Read
 from swapless.runtime.memory import MemoryMeter
 from swapless.runtime.pool import SlotPool
@@ -166,9 +166,9 @@ class Engine:
         before = counts["reads"], counts["bytes_read"]
         try:
             if self._phase is Phase.DECODE:
-                out = self._decode(module, moe_layer, served, tokens, torch.zeros_like(hidden_TD))
+                out = self._decode(module, moe_layer, served, tokens, accumulator(module, hidden_TD, weights_TK))
             else:
-                out = self._prefill(module, moe_layer, served, tokens, torch.zeros_like(hidden_TD))
+                out = self._prefill(module, moe_layer, served, tokens, accumulator(module, hidden_TD, weights_TK))
         except BaseException:
             self._come_to_rest(moe_layer, served)
             raise
@@ -179,7 +179,7 @@ class Engine:
             counts["waves"] += served.waves
             counts["decode_reads"] += counts["reads"] - before[0]
             counts["decode_bytes_read"] += counts["bytes_read"] - before[1]
-        return out
+        return out.to(hidden_TD.dtype)
 
     def _decode(self, module: Any, moe_layer: int, served: Served, tokens: Routed, out_TD: torch.Tensor) -> torch.Tensor:
         slot_of = dict(zip(served.experts.tolist(), served.slot.tolist(), strict=True))

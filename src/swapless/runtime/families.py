@@ -20,6 +20,10 @@ NEEDS = {
 }
 """Model type to what serving it would take."""
 
+ACCUMULATE_IN = {"Inkling2Experts": "float32", "NemotronHExperts": "gate weights"}
+"""Experts modules whose eager forward adds up its outputs in another type than the hidden states', which no flag says:
+``float32``, or the type of the gate weights. The family sweep and ``swapless verify`` would show a missing entry."""
+
 
 def unsupported_family(config: Any) -> UnsupportedFamilyError:
     """The error for a model without an experts module at the door."""
