@@ -94,7 +94,7 @@ def test_experts_of_a_wrong_dtype(copy, refused):
                 entry["dtype"] = "I16"
 
     _rewrite_header(copy / "model.safetensors", as_int16)
-    refused(copy, errors.UnsupportedCheckpointError, "I16")
+    refused(copy, errors.CheckpointCorruptError, "I16")
 
 
 def test_a_dtype_that_does_not_fit_the_bytes(copy, refused):
@@ -115,8 +115,17 @@ def test_an_expert_that_is_not_there(copy, refused):
 
 
 def test_a_weight_that_is_not_there(copy, refused):
-    _rewrite_header(copy / "model.safetensors", lambda header: header.pop("model.norm.weight"))
+    from safetensors.torch import load_file, save_file
+
+    tensors = {key: value.clone() for key, value in load_file(copy / "model.safetensors").items()}
+    del tensors["model.norm.weight"]
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
     refused(copy, errors.CheckpointCorruptError, "model.norm.weight")
+
+
+def test_a_shard_with_a_hole(copy, refused):
+    _rewrite_header(copy / "model.safetensors", lambda header: header.pop("model.norm.weight"))
+    refused(copy, errors.CheckpointCorruptError, "model")
 
 
 def test_a_budget_that_is_too_small(checkpoint, refused):
@@ -235,7 +244,7 @@ def disturbed(endless, tmp_path, monkeypatch, swapless):
     [
         (lambda shard: os.truncate(shard, 4096), "truncated"),
         (lambda shard: shard.unlink(), "unlinked"),
-        (lambda shard: shard.rename(shard.with_name("old")) and shard.write_bytes(b"new"), "model.safetensors"),
+        (lambda shard: os.replace(shard.with_name("config.json"), shard), "replaced"),
     ],
     ids=["truncated", "unlinked", "replaced"],
 )

@@ -18,9 +18,10 @@ __all__ = ["Reply", "Sampling", "generate", "measured", "open_model", "open_toke
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
-    """How the next token is chosen; a temperature of 0 takes the likeliest."""
+    """How the next token is chosen; a temperature of 0 takes the likeliest, and no text ends before ``min_new_tokens``."""
 
     max_new_tokens: int = 128
+    min_new_tokens: int = 0
     temperature: float = 0.0
     top_p: float = 1.0
     stop: tuple[str, ...] = ()
@@ -53,17 +54,21 @@ def open_tokenizer(checkpoint: str) -> Any:
     """
     from transformers import AutoTokenizer
 
+    problem = None
     try:
-        return AutoTokenizer.from_pretrained(checkpoint)
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+        if tokenizer("a", add_special_tokens=False)["input_ids"]:
+            return tokenizer
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        raise CheckpointError(
-            message(
-                "The tokenizer of this checkpoint cannot be read.",
-                where=checkpoint,
-                got=" ".join(str(error).split())[:200].rstrip("."),
-                step="Put the tokenizer's files (tokenizer.json, tokenizer_config.json) beside config.json.",
-            )
-        ) from error
+        problem = error
+    raise CheckpointError(
+        message(
+            "The tokenizer of this checkpoint cannot be read.",
+            where=checkpoint,
+            got=" ".join(str(problem).split())[:200].rstrip(".") if problem else "one without a vocabulary",
+            step="Put the tokenizer's files (tokenizer.json, tokenizer_config.json) beside config.json.",
+        )
+    ) from problem
 
 
 @contextmanager
@@ -134,6 +139,7 @@ def generate(model: Any, tokenizer: Any, ids: Any, sampling: Sampling, write: Ca
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
         max_new_tokens=min(sampling.max_new_tokens, room),
+        min_new_tokens=min(sampling.min_new_tokens, room) or None,
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(ends), None),
         streamer=stream,
         stopping_criteria=[lambda *_, **__: torch.tensor([stream.stopped])],

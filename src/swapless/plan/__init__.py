@@ -1,1 +1,1 @@
-""""""
+"""Which budget, slots and policy suit a machine, and the speed to expect."""
