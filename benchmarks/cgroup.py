@@ -184,14 +184,12 @@ def _parent() -> tuple[Path, int]:
 
 
 def _sweep(parent: Path, version: int) -> None:
-    """Remove empty groups of earlier runs of ours whose owner died before it could."""
+    """Remove groups of earlier runs of ours, and what still runs in them, whose owner was killed before it could."""
     for folder in parent.glob(f"{PREFIX}*"):
         owner = folder.name.removeprefix(PREFIX).split("-")[0]
         if owner.isdigit() and not Path(f"/proc/{owner}").exists():
-            group = MemoryCgroup(folder, version)
-            with suppress(ProcessLookupError, FileNotFoundError):
-                if not group.pids():
-                    group.remove()
+            with suppress(FileNotFoundError):
+                MemoryCgroup(folder, version).remove()
 
 
 @contextmanager
@@ -335,6 +333,11 @@ def _run(
         )
 
 
+def die_tidily() -> None:
+    """Let a plain ``kill`` unwind the stack as Ctrl-C does, so that groups and children do not outlive the benchmark."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+
+
 def main() -> int:
     """Run the command of the command line; figures go to stderr, or to a file with ``--json``."""
     parser = argparse.ArgumentParser(description="Run a command inside a fresh memory cgroup.")
@@ -343,6 +346,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path, default=None, help="write the figures to this file")
     parser.add_argument("command", nargs=argparse.REMAINDER, help="-- and the command")
     arguments = parser.parse_args()
+    die_tidily()
     command = arguments.command[1:] if arguments.command[:1] == ["--"] else arguments.command
     if not command:
         parser.error("no command given after --")

@@ -20,8 +20,8 @@ consecutive tokens share most of their experts, only some experts are ever used,
 The figures are taken in real decode, token by token through the finished checkpoint, over ``DECODE_TOKENS`` teacher-forced
 tokens of that chain; the first of them are what the benchmark decodes. Asserted for every MoE layer: load entropy >= 0.95
 (normalised by log E), consecutive overlap in 0.25-0.45. Printed with them: the hit rate of LRU with E/4 slots a layer, the
-K experts of a token judged at once. ``tokens.json`` holds the token sequence and the figures; ``manifest.json`` is written
-last, and a folder that has it is not made again.
+K experts of a token judged at once. ``tokens.json`` holds the token sequence, ``manifest.json`` the
+figures; it is written last, and a folder that has it is not made again.
 """
 
 from __future__ import annotations
