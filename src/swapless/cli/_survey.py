@@ -75,12 +75,13 @@ def survey(
     rows += rows_of.srp_rows(srp, uniform)
     rows.append(rows_of.row("srp_floor", "model", control.floor_srp(experts, top_k)))
 
-    advance = progress.stage("reuse and balance")
-    rows += _use_rows(trace, segments, srp, advance)
-
     lengths = control.document_lengths(trace, CHANCE_TOKENS)
     random: dict[Level, Trace] = {"moe_layer": control.uniform_trace(trace.header, lengths, rng=rng, num_moe_layers=1)}
     random["model"] = control.uniform_trace(trace.header, control.document_lengths(trace, CHANCE_POOL_TOKENS), rng=rng)
+
+    advance = progress.stage("reuse and balance")
+    rows += _use_rows(trace, segments, srp, random["moe_layer"], advance)
+
     mean_curves = {}
     levels: list[tuple[Level, str, list[int]]] = [("moe_layer", "", marks), ("model", ", one pool", pool_marks)]
     for level, stage, at in levels:
@@ -126,7 +127,9 @@ def survey(
     }
 
 
-def _use_rows(trace: Trace, segments: list[int], srp: list[Any], advance: Callable[[float], None]) -> list[rows_of.Row]:
+def _use_rows(
+    trace: Trace, segments: list[int], srp: list[Any], random: Trace, advance: Callable[[float], None]
+) -> list[rows_of.Row]:
     """Reuse, balance and specialization."""
     from swapless import locality
     from swapless.errors import UsageError
@@ -136,6 +139,7 @@ def _use_rows(trace: Trace, segments: list[int], srp: list[Any], advance: Callab
     rate = control.uniform_overlap(experts, top_k)
     again = locality.reuse(trace, segments, advance=lambda share: advance(share / 2))
     even = locality.balance(trace, segments, advance=lambda share: advance(share / 2))
+    drawn = locality.balance(random, segments)
     rest: dict[str, Any]
     rows = rows_of.by_layer("overlap", again.overlap, chance=rate)
     pooled = again.shared.sum() / again.could_share.sum() if again.could_share.sum() else None
@@ -147,8 +151,16 @@ def _use_rows(trace: Trace, segments: list[int], srp: list[Any], advance: Callab
         rows += rows_of.by_layer("reuse_within", again.within[:, place], chance=1 - (1 - rate) ** m, **rest)
         expected = control.uniform_working_set(m, experts, top_k)
         rows += rows_of.by_layer("working_set", again.working_set[:, place], chance=expected, **rest)
-        rows += rows_of.by_layer("load_entropy", even.window_entropy[:, place], variant="segment", **rest)
-        rows += rows_of.by_layer("load_variation", even.window_variation[:, place], variant="segment", **rest)
+        rows += rows_of.by_layer(
+            "load_entropy", even.window_entropy[:, place], chance=drawn.window_entropy[0, place], variant="segment", **rest
+        )
+        rows += rows_of.by_layer(
+            "load_variation",
+            even.window_variation[:, place],
+            chance=drawn.window_variation[0, place],
+            variant="segment",
+            **rest,
+        )
         rows.append(rows_of.row("load_deviation", "model", even.deviation[place], chance=0.0, **rest))
     total = even.load.sum(axis=1, keepdims=True)
     share = np.divide(even.load, total, out=np.full(even.load.shape, np.nan), where=total > 0)

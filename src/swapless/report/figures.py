@@ -30,6 +30,8 @@ class Chart:
         The plotted values.
     wide : bool
         Takes the whole width of the page.
+    group : str
+        Heading under which it stands; empty for charts that compare all traces.
     """
 
     name: str
@@ -39,6 +41,7 @@ class Chart:
     columns: Sequence[str]
     rows: Sequence[Sequence[Any]]
     wide: bool = False
+    group: str = ""
 
 
 def layout(x: str, y: str, *, percent: bool = True, height: int = 340, **more: Any) -> Figure:
@@ -52,7 +55,7 @@ def layout(x: str, y: str, *, percent: bool = True, height: int = 340, **more: A
         "plot_bgcolor": "rgba(0,0,0,0)",
         "hovermode": "closest",
         "legend": {"orientation": "h", "yref": "container", "y": 0, "x": 0, "yanchor": "bottom", "font": {"size": 12}},
-        "xaxis": {**axis, "title": {"text": x}, **more.pop("xaxis", {})},
+        "xaxis": {**axis, "title": {"text": x, "standoff": 8}, **more.pop("xaxis", {})},
         "yaxis": {**axis, "title": {"text": y}, **({"tickformat": ".0%"} if percent else {}), **more.pop("yaxis", {})},
         **more,
     }
@@ -85,6 +88,7 @@ def band(x: Sequence[Any], low: Sequence[Any], high: Sequence[Any], colour: str)
     """Filled interval behind a line."""
     return {
         "type": "scatter",
+        "mode": "lines",
         "x": [*x, *reversed(x)],
         "y": [*high, *reversed(low)],
         "fill": "toself",
@@ -128,7 +132,7 @@ def srp_chart(results: list[Result]) -> Chart:
         figure=with_legend(
             data,
             layout("segment length (tokens)", "SRP (F1)", xaxis=segment_axis(results), yaxis={"rangemode": "tozero"}),
-            a_line=2,
+            a_line=1,
         ),
         columns=("trace", "segment_tokens", "srp", "ci_low", "ci_high", "srp_shuffled", "srp_random"),
         rows=table,
@@ -159,7 +163,7 @@ def sch_chart(results: list[Result]) -> Chart:
         reading="A cache that knows which experts the next tokens use most. Mean over one cache a MoE layer; first uses that "
         "find a free slot count as hits, as published. Grey, in the same dashes: random routing.",
         figure=with_legend(
-            data, layout("look-ahead (tokens)", "hit rate", xaxis=segment_axis(results), yaxis={"range": [0, 1.02]}), a_line=2
+            data, layout("look-ahead (tokens)", "hit rate", xaxis=segment_axis(results), yaxis={"range": [0, 1.02]}), a_line=1
         ),
         columns=("trace", "capacity_experts", "segment_tokens", "sch_lookahead", "random", "sch_static", "random_static"),
         rows=table,
@@ -241,8 +245,35 @@ def reuse_chart(results: list[Result]) -> Chart:
         reading="Solid: share of a MoE layer's experts that a window of tokens touches (lower is better for a cache). "
         "Dashed: share of uses whose expert was last used at most so many tokens ago (higher is better).",
         figure=with_legend(
-            data, layout("window (tokens)", "share", xaxis=segment_axis(results), yaxis={"range": [0, 1.02]}), a_line=2
+            data, layout("window (tokens)", "share", xaxis=segment_axis(results), yaxis={"range": [0, 1.02]}), a_line=1
         ),
         columns=("trace", "segment_tokens", "experts_touched", "experts_touched_random", "reuse_within"),
+        rows=table,
+    )
+
+
+def balance_chart(results: list[Result]) -> Chart:
+    """Evenness of the load within segments."""
+    data, table = [], []
+    for result in results:
+        rows = result.rows("load_entropy", "layer_mean", variant="segment")
+        trace = result.rows("load_entropy", "layer_mean", variant="trace")[0]["value"]
+        x = [r["segment_tokens"] for r in rows]
+        data.append(line(result.name, x, [r["value"] for r in rows], result.colour, mode="lines+markers", width=3))
+        data.append(line(f"{result.name}, whole trace", x, [trace] * len(x), result.colour, dash="dash", width=1.5))
+        random = [r["chance"] for r in rows]
+        data.append(line(f"random top-{result.top_k} of {result.experts}", x, random, GREY, dash="dot"))
+        table += [[result.name, r["segment_tokens"], r["value"], r["chance"], trace] for r in rows]
+    return Chart(
+        name="balance",
+        title="Balance of the load within segments",
+        reading="Entropy of the experts' load over its largest possible value: 100 % is an even load. A model may be even over "
+        "a trace (dashed) and still use few experts at a time (solid, below random): that is what a cache lives on.",
+        figure=with_legend(
+            data,
+            layout("segment length (tokens)", "entropy over ln E", xaxis=segment_axis(results), yaxis={"rangemode": "tozero"}),
+            a_line=1,
+        ),
+        columns=("trace", "segment_tokens", "load_entropy", "random", "load_entropy_trace"),
         rows=table,
     )

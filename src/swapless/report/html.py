@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ def charts_of(results: list[Result]) -> list[Chart]:
         figures.srp_chart(results),
         figures.sch_chart(results),
         figures.reuse_chart(results),
+        figures.balance_chart(results),
     ]
     for number, result in enumerate(results):
         charts += [maps.layer_chart(result, number), maps.load_chart(result, number), maps.domain_chart(result, number)]
@@ -49,8 +51,9 @@ def page(documents: list[dict[str, Any]]) -> str:
     environment.filters["cell"] = _cell
     environment.filters["percent"] = lambda value: "-" if value is None else f"{value:.1%}"
     template = environment.get_template("page.html.j2")
+    groups = [(name, list(members)) for name, members in groupby(charts, key=lambda chart: chart.group)]
     data = [{"name": chart.name, **chart.figure} for chart in charts]
-    return template.render(results=results, charts=charts, facts=_facts, data=_script(data), plotly=get_plotlyjs())
+    return template.render(results=results, groups=groups, facts=_facts, data=_script(data), plotly=get_plotlyjs())
 
 
 def write_page(path: str | os.PathLike[str], documents: list[dict[str, Any]]) -> None:

@@ -37,7 +37,8 @@ def layer_chart(result: Result, number: int) -> Chart:
     )
     return Chart(
         name=f"layers_{number}",
-        title=f"MoE layers of {result.name}",
+        title="MoE layers",
+        group=result.name,
         reading="How far each MoE layer's SRP stands above random routing of the same K and E: blue layers cache well, "
         "pale ones at chance level do not.",
         figure={
@@ -71,7 +72,8 @@ def load_chart(result: Result, number: int) -> Chart:
     figure["xgap"] = figure["ygap"] = 0.5 if result.experts <= 128 else 0
     return Chart(
         name=f"load_{number}",
-        title=f"Expert load of {result.name}",
+        title="Expert load",
+        group=result.name,
         reading="Uses of each expert over the whole trace; 1 is an even share. A few dark experts a MoE layer are worth "
         "pinning; an even map leaves only locality in time to gain from.",
         figure={
@@ -132,7 +134,8 @@ def domain_chart(result: Result, number: int) -> Chart | None:
     )
     return Chart(
         name=f"domains_{number}",
-        title=f"Domains of {result.name}",
+        title="Domains",
+        group=result.name,
         reading=f"SRP over {segment} tokens (bars) and LRU hit rate (diamonds) of each domain.{few}",
         figure={
             "data": [dots, cached],
