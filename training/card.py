@@ -16,6 +16,8 @@ from training.corpus import Document, read_documents
 from training.evaluate_embedded import PACKAGE_DATA
 from training.train_embedded import Recipe
 
+CONTINUATION_BAR = 0.8  # share of a domain's continuations that the classifier should name right
+
 ATTRIBUTIONS = {
     "stories": "TinyStories, Ronen Eldan and Yuanzhi Li",
     "drama": "works of William Shakespeare, collected by Andrej Karpathy",
@@ -94,6 +96,14 @@ def samples(results: dict[str, Any], domains: tuple[str, ...]) -> str:
             f"- *{domain}*, after `{prompt[-80:].replace('`', ' ')}`: {json.dumps(continuation[:240], ensure_ascii=False)}"
         )
     return "\n".join(lines)
+
+
+def off_domain(accuracy: dict[str, float]) -> str:
+    """One sentence on the domains that the model leaves too often, against the bar that it was meant to meet."""
+    below = [f"{domain} ({share:.1f})" for domain, share in accuracy.items() if share < CONTINUATION_BAR]
+    if not below:
+        return f"At least {CONTINUATION_BAR} of the continuations stayed in their domain, in every domain; the rest did not."
+    return f"It was meant to stay in its domain {CONTINUATION_BAR} of the time and misses that in {', '.join(below)}."
 
 
 def card(documents: list[Document], config: PreTrainedConfig, results: dict[str, Any]) -> str:
@@ -222,9 +232,10 @@ The first continuation of three domains, not chosen:
 
 ## Limits
 
+- {off_domain(continuations["accuracy"])}
 - It writes plausible-looking text and false statements. Medical and legal text above all must not be believed.
-- Its experts specialise by language and text kind more sharply than those of large models trained on mixed web text, so that
-  small caches do better here than they will there. It shows that the machinery works; it does not predict another model's hits.
+- Its routing, learnt from seventeen sharply different kinds of text, shows that the machinery works; it does not predict the hit
+  rate of another model.
 - Most training windows had 256 tokens; far beyond that the text loses its thread.
 - The budget was {
         passes:.2f} times the held-in tokens, small domains more and large ones less: it is undertrained, and more time
