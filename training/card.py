@@ -234,8 +234,8 @@ The first continuation of three domains, not chosen:
 
 - {off_domain(continuations["accuracy"])}
 - It writes plausible-looking text and false statements. Medical and legal text above all must not be believed.
-- Its routing, learnt from seventeen sharply different kinds of text, shows that the machinery works; it does not predict the hit
-  rate of another model.
+- Its routing, learnt from seventeen sharply different kinds of text, shows that the machinery works; it does not predict the
+  hit rate of another model.
 - Most training windows had 256 tokens; far beyond that the text loses its thread.
 - The budget was {
         passes:.2f} times the held-in tokens, small domains more and large ones less: it is undertrained, and more time
