@@ -1,0 +1,147 @@
+"""Tiny random checkpoints of two families whose experts lie one by one, at one thread, where every bit can be compared."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+
+class Shape(NamedTuple):
+    """What the tiny checkpoints have in common."""
+
+    num_moe_layers: int = 3
+    num_experts: int = 8
+    top_k: int = 2
+    hidden_size: int = 64
+    inner_size: int = 48
+    vocabulary: int = 128
+
+    @property
+    def expert_bytes(self) -> int:
+        """Bytes of one expert in bf16: gate, up and down."""
+        return 3 * self.hidden_size * self.inner_size * 2
+
+
+SHAPE = Shape()
+
+
+def _config(family: str) -> Any:
+    from transformers import OlmoeConfig, Qwen3MoeConfig
+
+    common = {
+        "vocab_size": SHAPE.vocabulary,
+        "hidden_size": SHAPE.hidden_size,
+        "num_hidden_layers": SHAPE.num_moe_layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "num_experts": SHAPE.num_experts,
+        "num_experts_per_tok": SHAPE.top_k,
+        "max_position_embeddings": 256,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    if family == "olmoe":
+        return OlmoeConfig(intermediate_size=SHAPE.inner_size, **common)
+    return Qwen3MoeConfig(moe_intermediate_size=SHAPE.inner_size, head_dim=16, decoder_sparse_step=1, **common)
+
+
+def _save(family: str, folder: Path, **options: Any) -> Path:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_config(_config(family))
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() >= 2:
+                scale = 1.0 if "embed_tokens" in name else 0.1
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
+    model.to(torch.bfloat16).save_pretrained(folder, **options)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def olmoe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """OLMoE in bf16, a tensor an expert, in several shards."""
+    return _save("olmoe", tmp_path_factory.mktemp("olmoe"), max_shard_size="150KB")
+
+
+@pytest.fixture(scope="session")
+def qwen3_moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Qwen3-MoE in bf16, a tensor an expert, in one shard."""
+    return _save("qwen3_moe", tmp_path_factory.mktemp("qwen3_moe"))
+
+
+@pytest.fixture
+def own_olmoe(olmoe: Path, tmp_path: Path) -> Path:
+    """A copy of :func:`olmoe` that a test may damage."""
+    return Path(shutil.copytree(olmoe, tmp_path / "olmoe"))
+
+
+@pytest.fixture
+def load() -> Iterator[Callable[..., Any]]:
+    """``swapless.load`` with a short context; whatever it loads is closed after the test."""
+    import swapless
+
+    loaded = []
+
+    def call(folder: Path, *args: Any, **options: Any) -> Any:
+        if not args and "memory" not in options:
+            options.setdefault("resident", 0.25)
+        model = swapless.load(folder, *args, **{"context": 64} | options)
+        loaded.append(model)
+        return model
+
+    yield call
+    for model in loaded:
+        model.swapless.close()
+
+
+@pytest.fixture
+def eager() -> Callable[[Path], Any]:
+    """The checkpoint in plain transformers: eager experts, weights aligned to 64 bytes."""
+    from transformers import AutoModelForCausalLM
+
+    from tests.families.tiny import clone_weights
+
+    def call(folder: Path, **options: Any) -> Any:
+        options = {"experts_implementation": "eager"} | options
+        return clone_weights(AutoModelForCausalLM.from_pretrained(folder, **options).eval())
+
+    return call
+
+
+@pytest.fixture
+def prompt() -> Any:
+    """Twelve token ids, int64 (1, 12)."""
+    import torch
+
+    return torch.randint(3, SHAPE.vocabulary, (1, 12), generator=torch.Generator().manual_seed(5))
+
+
+@pytest.fixture
+def generate() -> Callable[..., Any]:
+    """Greedy tokens of a model: ``generate(model, ids, n)`` gives the whole sequences."""
+    import torch
+
+    def call(model: Any, ids: Any, new_tokens: int = 8, **options: Any) -> Any:
+        options = {"attention_mask": torch.ones_like(ids)} | options
+        return model.generate(ids, max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False, **options)
+
+    return call
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """The number of threads changes the last bits."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
