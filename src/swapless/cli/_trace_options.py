@@ -39,9 +39,10 @@ def chosen_trace(
     from dataclasses import replace
 
     from swapless.errors import TraceMismatchError, message
-    from swapless.trace import read_trace, select
+    from swapless.trace import select
+    from swapless.trace.importers import load_trace
 
-    trace = read_trace(path, columns=columns)
+    trace = load_trace(path, model_id=model_id, columns=columns)
     if model_id is not None and trace.header.model_id not in (None, model_id):
         what = "The trace is of another model than --model-id says."
         raise TraceMismatchError(message(what, where=path, got=model_id, allowed=trace.header.model_id))

@@ -141,7 +141,7 @@ def file_header(file: pq.ParquetFile, path: str | os.PathLike[str]) -> TraceHead
     raw = (file.metadata.metadata or {}).get(HEADER_KEY)
     if raw is None:
         what = "The Parquet file has no trace header (metadata key swapless.trace)."
-        raise TraceFormatError(message(what, where=path, step="Convert foreign traces with swapless import."))
+        raise TraceFormatError(message(what, where=path))
     return TraceHeader.from_json(raw)
 
 
