@@ -7,6 +7,7 @@ that none is padded.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,14 +68,23 @@ def token_streams(
 
 
 class WindowSampler:
-    """Draws batches of windows, rows spread over the domains by weight ~ size^power.
+    """Draws batches of windows, rows spread over the domains by weight ~ size^power * boost (1 where none is given).
 
     Rows are placed by systematic sampling with a golden-ratio phase, so that every batch mixes as many domains as its
     rows allow and the shares hold over any few batches. `state` holds all that moves: steps drawn and windows taken a
     domain. Each pass over a domain uses another window order and another offset, both derived from (seed, domain, pass).
     """
 
-    def __init__(self, streams: dict[str, np.ndarray], *, rows: int, window_tokens: int, power: float, seed: int) -> None:
+    def __init__(
+        self,
+        streams: dict[str, np.ndarray],
+        *,
+        rows: int,
+        window_tokens: int,
+        power: float,
+        seed: int,
+        boost: Mapping[str, float] | None = None,
+    ) -> None:
         for domain, stream in streams.items():
             if len(stream) < 2 * (window_tokens + 1):
                 raise ValueError(
@@ -83,6 +93,7 @@ class WindowSampler:
         self._streams = list(streams.values())
         self._rows, self._window_tokens, self._seed = rows, window_tokens, seed
         weights = np.array([len(stream) for stream in self._streams], float) ** power
+        weights *= [(boost or {}).get(domain, 1.0) for domain in streams]
         self._edges = np.cumsum(weights / weights.sum())
         self._step = 0
         self._taken = [0] * len(self._streams)

@@ -12,7 +12,7 @@ import json
 import math
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,7 @@ class Recipe:
     weight_decay: float = 0.1
     balance_coefficient: float = 0.01
     max_grad_norm: float = 1.0
+    domain_boost: dict[str, float] = field(default_factory=dict)  # factor on a domain's weight, 1 where none is given
 
 
 class Trainer:
@@ -71,7 +72,12 @@ class Trainer:
         self.model = build_model(config)
         self._steps, self._budget_s = steps, budget_s
         self._short = WindowSampler(
-            streams, rows=recipe.rows, window_tokens=recipe.window_tokens, power=recipe.domain_power, seed=recipe.seed
+            streams,
+            rows=recipe.rows,
+            window_tokens=recipe.window_tokens,
+            power=recipe.domain_power,
+            seed=recipe.seed,
+            boost=recipe.domain_boost,
         )
         self._long = WindowSampler(
             streams,
@@ -79,6 +85,7 @@ class Trainer:
             window_tokens=recipe.long_window_tokens,
             power=recipe.domain_power,
             seed=recipe.seed + 1,
+            boost=recipe.domain_boost,
         )
         matrices = [p for p in self.model.parameters() if p.ndim >= 2]
         vectors = [p for p in self.model.parameters() if p.ndim < 2]
@@ -136,11 +143,12 @@ class Trainer:
         torch.save(state, partial)
         partial.replace(path)
 
-    def restore(self, path: Path) -> None:
-        """Go on from a checkpoint of the same recipe."""
+    def restore(self, path: Path, *, new_stage: bool = False) -> None:
+        """Go on from a checkpoint of the same recipe, or of any other if this is a ``new_stage``."""
         state = torch.load(path, weights_only=True)
-        if state["recipe"] != asdict(self.recipe):
-            changed = sorted(k for k, v in asdict(self.recipe).items() if state["recipe"].get(k) != v)
+        older = asdict(Recipe()) | state["recipe"]
+        if older != asdict(self.recipe) and not new_stage:
+            changed = sorted(k for k, v in asdict(self.recipe).items() if older.get(k) != v)
             raise ValueError(f"{path} was written by another recipe (differs in {', '.join(changed)}). Use a new run folder.")
         self.model.load_state_dict(state["model"])
         self._optimiser.load_state_dict(state["optimiser"])
@@ -227,6 +235,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     budget.add_argument("--steps", type=int, help="optimiser steps; gives the same bits on every run of one machine")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--balance", type=float, default=Recipe().balance_coefficient, help="coefficient of the balance loss")
+    parser.add_argument(
+        "--boost", action="append", default=[], metavar="DOMAIN=FACTOR", help="factor on a domain's weight; may be repeated"
+    )
+    parser.add_argument("--new-stage", action="store_true", help="go on from a checkpoint whose recipe was another")
     parser.add_argument("--save-every", type=float, default=120.0, metavar="SECONDS")
     return parser.parse_args(arguments)
 
@@ -248,11 +260,12 @@ def main() -> None:
         max_position_embeddings=CONTEXT_TOKENS,
     )
     budget_s = None if args.minutes is None else 60 * args.minutes
-    recipe = Recipe(balance_coefficient=args.balance)
+    boost = {domain: float(factor) for domain, _, factor in (item.partition("=") for item in args.boost)}
+    recipe = Recipe(balance_coefficient=args.balance, domain_boost=boost)
     trainer = Trainer(config, streams, recipe, steps=args.steps, budget_s=budget_s)
     checkpoint = args.run / "checkpoint.pt"
     if checkpoint.exists():
-        trainer.restore(checkpoint)
+        trainer.restore(checkpoint, new_stage=args.new_stage)
         print(f"going on from step {trainer.step_count}", file=sys.stderr)
 
     saved_at = time.monotonic()

@@ -12,7 +12,7 @@ import copy
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, final
 
 import numpy as np
 import torch
@@ -37,15 +37,25 @@ from swapless.errors import CheckpointCorruptError, UnsupportedFamilyError, mess
 from swapless.runtime.families import unsupported_family
 from swapless.store.checkpoint import SLOT_ALIGNMENT, Extent, ParameterSource
 from swapless.store.headers import TensorRef
+from swapless.store.tensors import TensorReader
 
 IMPLEMENTATION = "swapless"
 """Our name in transformers' registry of experts functions."""
 
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_ALL_DTYPES = _DTYPES | {
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "U8": torch.uint8,
+    "U16": torch.uint16,
+    "U32": torch.uint32,
+    "U64": torch.uint64,
+    "BOOL": torch.bool,
 }
 _SLICEABLE = (MergeModulelist, Concatenate, Transpose, Interleave)
 _TOP_K_NAMES = ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts", "num_experts_per_token", "moe_top_k")
@@ -425,6 +435,45 @@ def _top_k(config: Any) -> int | None:
 
 def _aligned(offset: int) -> int:
     return -(-offset // SLOT_ALIGNMENT) * SLOT_ALIGNMENT
+
+
+@final
+class _LazyTensor:
+    """What transformers takes for an open safetensors slice: read when it is indexed with ``[...]``."""
+
+    def __init__(self, ref: TensorRef, reader: TensorReader) -> None:
+        self._ref = ref
+        self._reader = reader
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        flat = torch.from_numpy(self._reader.read(self._ref)).view(_ALL_DTYPES[self._ref.dtype])
+        return flat.view(self._ref.shape)[index]
+
+
+def load_non_experts(
+    cls: type[PreTrainedModel],
+    config: Any,
+    layout: Layout,
+    refs: Mapping[str, TensorRef],
+    reader: TensorReader,
+    attn_implementation: str | None,
+) -> tuple[PreTrainedModel, list[str]]:
+    """Build ``cls`` (whose experts are stripped) with all its other weights, read by us and placed by transformers.
+
+    Returns the model and the names of weights that the checkpoint lacks or has in a wrong shape.
+    """
+    lazy = {key: _LazyTensor(ref, reader) for key, ref in refs.items() if key not in layout.expert_keys}
+    loaded: Any = cls.from_pretrained(
+        None,
+        config=config,
+        state_dict=lazy,
+        dtype=layout.dtype,
+        experts_implementation=IMPLEMENTATION,
+        attn_implementation=attn_implementation,
+        output_loading_info=True,
+    )
+    model, info = loaded  # a pair, since the loading info was asked for
+    return model, [*sorted(info["missing_keys"]), *sorted(map(str, info.get("mismatched_keys", ())))]
 
 
 def strip_experts(model: PreTrainedModel) -> None:

@@ -8,8 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from swapless.cache import POLICIES
@@ -19,7 +18,7 @@ from swapless.cache.serve import ExpertCache
 from swapless.errors import CheckpointCorruptError, UsageError, message
 from swapless.notation import Phase
 from swapless.runtime.budget import Budget, plan_budget
-from swapless.runtime.door import IMPLEMENTATION, MoeLayer, experts_of
+from swapless.runtime.door import MoeLayer, experts_of, load_non_experts
 from swapless.runtime.dry import activation_bytes, dry_run
 from swapless.runtime.engine import Engine
 from swapless.runtime.memory import MemoryMeter, available_bytes
@@ -31,7 +30,8 @@ from swapless.runtime.source import checkpoint_folder
 from swapless.runtime.steps import StepHooks
 from swapless.store.checkpoint import CheckpointStore, Extent
 from swapless.store.probe import Probe, probe
-from swapless.store.read import FileReader, drop_page_cache
+from swapless.store.read import FileReader
+from swapless.store.tensors import TensorReader
 from swapless.trace import TraceHeader
 from swapless.units import parse_share, parse_size
 
@@ -129,7 +129,6 @@ def load(
     _warm_kernels(chosen)
     dry = dry_run(model)
     store = _open_store(layers)
-    drop_page_cache(opened.files)
     measured = probe(store.reader, _sample_extents(store, layers))
     now_bytes = meter.now_bytes()
     fixed |= {
@@ -174,47 +173,34 @@ def _load_non_experts(opened: OpenCheckpoint, attn_implementation: str | None) -
     bars = transformers_logging.is_progress_bar_enabled()
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()  # it would list every expert as unexpected
+    transformers_logging.set_verbosity_error()
+    reader = FileReader(opened.files)
     try:
-        loaded: Any = offloaded_class(opened.cls).from_pretrained(
-            opened.folder,
-            dtype=opened.layout.dtype,
-            experts_implementation=IMPLEMENTATION,
-            attn_implementation=attn_implementation,
-            output_loading_info=True,
-            local_files_only=True,
+        cls = offloaded_class(opened.cls)
+        model, wrong = load_non_experts(
+            cls, opened.config, opened.layout, opened.refs, TensorReader(reader), attn_implementation
         )
-    except (RuntimeError, SafetensorError) as error:
+    except RuntimeError as error:
         raise CheckpointCorruptError(
             message("Weights do not fit the model.", where=opened.folder, got=str(error).splitlines()[0])
         ) from error
     finally:
+        reader.close()
         transformers_logging.set_verbosity(verbosity)
         if bars:
             transformers_logging.enable_progress_bar()
-    model, info = loaded  # a pair, since the loading info was asked for
-    missing, mismatched = sorted(info["missing_keys"]), sorted(map(str, info.get("mismatched_keys", ())))
-    if missing or mismatched:
+    if wrong:
         raise CheckpointCorruptError(
             message(
                 "The checkpoint lacks weights of the model, or has them in a wrong shape.",
                 where=opened.folder,
-                got=", ".join([*missing, *mismatched][:4]),
+                got=", ".join(wrong[:4]),
                 step="Download the checkpoint again.",
             )
         )
-    model.eval()
-    _own_weights(model)
-    return model
-
-
-@torch.no_grad()
-def _own_weights(model: PreTrainedModel) -> None:
-    # from_pretrained hands out views of the mapped files: page cache that a memory cap would throw out and fault in again,
-    # at 8-byte alignment, which changes the last bits of products. One tensor at a time moves into memory of our own.
-    for tensor in (*model.parameters(), *model.buffers()):
-        if tensor.device.type == "cpu":
-            tensor.data = tensor.data.clone(memory_format=torch.contiguous_format)
+    if (opened.folder / "generation_config.json").exists():
+        model.generation_config = GenerationConfig.from_pretrained(opened.folder, local_files_only=True)
+    return model.eval()
 
 
 def _warm_kernels(policy: Policy) -> None:

@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from swapless.errors import UnsupportedOperationError, message
-from swapless.runtime.door import strip_experts
+from swapless.runtime.door import is_experts, strip_experts
 from swapless.runtime.engine import Engine
 
 
@@ -22,6 +22,11 @@ def offloaded_class(cls: type[PreTrainedModel]) -> type[PreTrainedModel]:
     def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
         cls.__init__(self, config, *args, **kwargs)
         strip_experts(self)
+        for module in self.modules():
+            # Some families let a block initialise its experts' parameters, which are gone. A block that owns no tensor has
+            # nothing else to initialise that its children, or the checkpoint, do not.
+            if not (module._parameters or module._buffers) and any(is_experts(child) for child in module.children()):
+                module._is_hf_initialized = True
 
     body = {"__init__": __init__, "__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
     return type(cls.__name__, (_Offloaded, cls), body)
