@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ def test_every_parameter_of_every_slot_is_aligned_and_alone() -> None:
         views = pool.parameters(1, slot).values()
         taken += [(view.data_ptr(), view.data_ptr() + view.nbytes) for view in views]
     taken.sort()
-    assert all(end <= begin for (_, end), (begin, _) in zip(taken, taken[1:], strict=False))
+    assert all(end <= begin for (_, end), (begin, _) in pairwise(taken))
 
 
 def test_slots_are_whole_blocks_for_direct_reads() -> None:
