@@ -87,7 +87,9 @@ class OurReadPath:
         self.slots = [aligned_buffer(slot_bytes(layers)) for _ in range(self.window)]
         for slot in self.slots:
             slot[:] = 0
-        self.loader = Loader(self.store.read, self.slots.__getitem__, self.store.bounce_buffer, self.probe.depth)
+        self.loader = Loader(
+            self.store.read_part, self.store.parts, self.slots.__getitem__, self.store.bounce_buffer, self.probe.depth
+        )
 
     def run(self, experts: Sequence[tuple[int, int]], *, bursts: bool) -> float:
         """Bytes a second through loader threads into slots."""

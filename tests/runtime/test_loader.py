@@ -24,11 +24,11 @@ def make(slots: np.ndarray) -> Iterator[Callable[..., Loader]]:
     made: list[Loader] = []
 
     def call(read: Any = None, threads: int = 2) -> Loader:
-        def fill(moe_layer: int, expert: int, slot: np.ndarray, bounce: np.ndarray) -> int:
+        def fill(moe_layer: int, expert: int, part: int, slot: np.ndarray, bounce: np.ndarray) -> int:
             slot[:] = 10 * moe_layer + expert
             return 16
 
-        made.append(Loader(read or fill, lambda slot: slots[slot], lambda: np.zeros(4, np.uint8), threads))
+        made.append(Loader(read or fill, lambda *_: 1, lambda slot: slots[slot], lambda: np.zeros(4, np.uint8), threads))
         return made[-1]
 
     yield call

@@ -11,6 +11,7 @@ import time
 from collections import defaultdict, deque
 from typing import Any
 
+import numpy as np
 import torch
 
 from swapless.cache.serve import ExpertCache, Served
@@ -60,10 +61,11 @@ class Engine:
         self._pool = pool
         self._meter = meter
         self._routing = routing
-        self._loader = Loader(store.read, pool.bytes_of, store.bounce_buffer, probe.depth)
+        self._loader = Loader(store.read_part, store.parts, pool.bytes_of, store.bounce_buffer, probe.depth)
         self._staging = list(range(budget.slots, budget.slots + budget.staging_slots))
         self._phase = Phase.PREFILL
         self._step_started: float | None = None
+        self._under_way: tuple[int, np.ndarray] | None = None
         self._closed = False
         self.reset_stats()
 
@@ -159,18 +161,22 @@ class Engine:
             raise ClosedError(message("The model was closed.", step="Load it again with swapless.load."))
         moe_layer: int = module.swapless_moe_layer
         ids = ids_TK.numpy()
-        self._routing.add(moe_layer, ids_TK, weights_TK)
-        served = self._cache.request(moe_layer, ids, self._phase)
-        tokens = routed(hidden_TD, ids, weights_TK)
+        if self._under_way is not None:
+            self._come_to_rest()  # a call was cut off while it came to rest: a second Ctrl-C
+        self._under_way = moe_layer, ids
         counts = self._counts
         before = counts["reads"], counts["bytes_read"]
         try:
+            self._routing.add(moe_layer, ids_TK, weights_TK)
+            served = self._cache.request(moe_layer, ids, self._phase)
+            tokens = routed(hidden_TD, ids, weights_TK)
             if self._phase is Phase.DECODE:
                 out = self._decode(module, moe_layer, served, tokens, accumulator(module, hidden_TD, weights_TK))
             else:
                 out = self._prefill(module, moe_layer, served, tokens, accumulator(module, hidden_TD, weights_TK))
+            self._under_way = None
         except BaseException:
-            self._come_to_rest(moe_layer, served)
+            self._come_to_rest()
             raise
         self._meter.sample()
         if self._phase is Phase.DECODE:
@@ -257,9 +263,15 @@ class Engine:
             ) from read.error
         return read
 
-    def _come_to_rest(self, moe_layer: int, served: Served) -> None:
-        """After an error or Ctrl-C: no read under way, and no slot that claims bytes it may not hold."""
-        experts = served.experts[served.hit == 0].copy()
+    def _come_to_rest(self) -> None:
+        """After an error or Ctrl-C: no read under way, and no slot that claims bytes it may not hold.
+
+        Forgets the whole demand set: Ctrl-C may have struck before anybody knew which of it was missing. May be called again.
+        """
+        if self._under_way is None:
+            return
+        moe_layer, ids = self._under_way
         self._loader.drain()
-        self._cache.forget(moe_layer, experts)
+        self._cache.forget(moe_layer, np.unique(ids[(ids >= 0) & (ids < self._cache.num_experts)]))
         self.abandon_step()
+        self._under_way = None

@@ -27,13 +27,38 @@ class Read(NamedTuple):
     error: BaseException | None
 
 
+class _Progress:
+    """An expert under way: what is left of it, and what it has cost so far."""
+
+    __slots__ = ("error", "expert", "left", "lock", "moe_layer", "nbytes", "seconds", "slot")
+
+    def __init__(self, moe_layer: int, expert: int, slot: int, parts: int) -> None:
+        self.moe_layer, self.expert, self.slot = moe_layer, expert, slot
+        self.left = parts
+        self.nbytes, self.seconds = 0, 0.0
+        self.error: BaseException | None = None
+        self.lock = threading.Lock()
+
+    def part_done(self, nbytes: int, seconds: float, error: BaseException | None) -> Read | None:
+        with self.lock:
+            self.left -= 1
+            self.nbytes += nbytes
+            self.seconds += seconds
+            self.error = self.error or error
+            if self.left:
+                return None
+        return Read(self.moe_layer, self.expert, self.slot, self.nbytes, self.seconds, self.error)
+
+
 class Loader:
     """A few threads that fill slots.
 
     Parameters
     ----------
-    read : callable of (moe_layer, expert, slot memory, bounce buffer) -> int
-        Fetches one expert and returns the bytes read; called from several threads at once.
+    read_part : callable of (moe_layer, expert, part, slot memory, bounce buffer) -> int
+        Fetches one part of an expert and returns the bytes read; called from several threads at once.
+    parts : callable of (moe_layer, expert) -> int
+        Into how many parts an expert is cut.
     slot_memory : callable of int -> uint8 ndarray
         The memory of a slot.
     bounce_buffer : callable of () -> uint8 ndarray
@@ -44,16 +69,16 @@ class Loader:
 
     def __init__(
         self,
-        read: Callable[[int, int, np.ndarray, np.ndarray], int],
+        read_part: Callable[[int, int, int, np.ndarray, np.ndarray], int],
+        parts: Callable[[int, int], int],
         slot_memory: Callable[[int], np.ndarray],
         bounce_buffer: Callable[[], np.ndarray],
         threads: int,
     ) -> None:
-        self._read = read
+        self._read_part = read_part
+        self._parts = parts
         self._slot_memory = slot_memory
-        self._tasks: queue.PriorityQueue[tuple[int, int, tuple[int, int, int] | threading.Barrier | None]] = (
-            queue.PriorityQueue()
-        )
+        self._tasks: queue.PriorityQueue[tuple[int, int, _Task | threading.Barrier | None]] = queue.PriorityQueue()
         self._finished: queue.SimpleQueue[Read] = queue.SimpleQueue()
         self._issued = 0
         self._outstanding = 0
@@ -74,9 +99,11 @@ class Loader:
         """Ask for an expert in a slot. The slot must not be touched until its read comes back from :meth:`next`."""
         if self._closed:
             raise ClosedError(message("The model was closed.", step="Load it again."))
-        self._issued += 1
+        progress = _Progress(moe_layer, expert, slot, self._parts(moe_layer, expert))
         self._outstanding += 1
-        self._tasks.put((DEMAND, self._issued, (moe_layer, expert, slot)))
+        for part in range(progress.left):
+            self._issued += 1
+            self._tasks.put((DEMAND, self._issued, (progress, part)))
 
     def next(self) -> Read:
         """The next finished read, waiting for it. Raises nothing of its own: look at ``error``."""
@@ -121,14 +148,20 @@ class Loader:
                 with contextlib.suppress(threading.BrokenBarrierError):
                     task.wait()
                 continue
-            moe_layer, expert, slot = task
+            progress, part = task
             start = time.perf_counter()
             nbytes, failure = 0, None
             try:
-                nbytes = self._read(moe_layer, expert, self._slot_memory(slot), bounce)
+                memory = self._slot_memory(progress.slot)
+                nbytes = self._read_part(progress.moe_layer, progress.expert, part, memory, bounce)
             except BaseException as error:  # the computation's thread raises it, in its own place
                 failure = error
-            self._finished.put(Read(moe_layer, expert, slot, nbytes, time.perf_counter() - start, failure))
+            read = progress.part_done(nbytes, time.perf_counter() - start, failure)
+            if read is not None:
+                self._finished.put(read)
+
+
+_Task = tuple[_Progress, int]
 
 
 def _empty(waiting: queue.Queue[Any] | queue.SimpleQueue[Any]) -> None:

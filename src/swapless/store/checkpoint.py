@@ -1,8 +1,9 @@
 """The checkpoint store: experts straight out of the user's own safetensors files.
 
 Which bytes make up which parameter of which expert is told from outside (``runtime/door`` asks transformers' own conversion
-table); this file only knows how to fetch them. An expert's parts often lie side by side, so they are fetched in as few reads
-as possible, and copied from the bounce buffer to their places in the slot.
+table); this file only knows how to fetch them. What lies side by side is fetched by one read and copied from the bounce
+buffer to its places in the slot; an expert of many megabytes is cut into parts, so that several readers can share it when it
+is the only one missing.
 """
 
 from __future__ import annotations
@@ -43,9 +44,31 @@ class ParameterSource(NamedTuple):
     convert: Callable[[list[np.ndarray], np.ndarray], None] | None = None
 
 
+_PART_BYTES = 3 << 20
+"""Parts are about this large: long enough that the fixed cost of a read is lost in it, short enough to share out."""
+
+_MOST_PARTS = 4
+
+
+class _Unit(NamedTuple):
+    """What is copied in one go: bytes of one extent as they are, or all extents of a parameter through its conversion."""
+
+    extents: tuple[Extent, ...]
+    slot_offset: int
+    nbytes: int
+    convert: Callable[[list[np.ndarray], np.ndarray], None] | None
+
+
 class _Run(NamedTuple):
+    """One read, and what lies in it: (unit, extent of the unit)."""
+
     extent: Extent
-    parts: tuple[tuple[int, int], ...]  # (source index, extent index) of what lies in it
+    holds: tuple[tuple[int, int], ...]
+
+
+class _Part(NamedTuple):
+    units: tuple[_Unit, ...]
+    runs: tuple[_Run, ...]
 
 
 class CheckpointStore:
@@ -69,15 +92,14 @@ class CheckpointStore:
         experts: Iterable[tuple[int, int]],
     ) -> None:
         self._sources = sources
-        self._plans: dict[tuple[int, int], tuple[Sequence[ParameterSource], list[_Run]]] = {}
+        self._plans: dict[tuple[int, int], tuple[_Part, ...]] = {}
         self.reader = reader
-        self.bounce_bytes = max(_bounce_bytes(_runs(sources(*expert))) for expert in experts)
+        self.bounce_bytes = max(_bounce_bytes(part) for expert in experts for part in _plan(sources(*expert)))
 
-    def _plan(self, moe_layer: int, expert: int) -> tuple[Sequence[ParameterSource], list[_Run]]:
+    def _plan(self, moe_layer: int, expert: int) -> tuple[_Part, ...]:
         key = (moe_layer, expert)
         if key not in self._plans:
-            sources = self._sources(moe_layer, expert)
-            self._plans[key] = (sources, _runs(sources))
+            self._plans[key] = _plan(self._sources(moe_layer, expert))
         return self._plans[key]
 
     def bounce_buffer(self) -> np.ndarray:
@@ -85,11 +107,20 @@ class CheckpointStore:
         return aligned_buffer(self.bounce_bytes)
 
     def extents(self, moe_layer: int, expert: int) -> list[Extent]:
-        """The ranges that :meth:`read` fetches for one expert, parts that lie close together merged."""
-        return [run.extent for run in self._plan(moe_layer, expert)[1]]
+        """The ranges that are fetched for one expert, one read each."""
+        return [run.extent for part in self._plan(moe_layer, expert) for run in part.runs]
+
+    def parts(self, moe_layer: int, expert: int) -> int:
+        """Into how many parts, read independently of each other, the expert is cut."""
+        return len(self._plan(moe_layer, expert))
 
     def read(self, moe_layer: int, expert: int, slot: np.ndarray, bounce: np.ndarray) -> int:
-        """Fill ``slot`` (uint8, aligned) with one expert; returns the bytes fetched from the files.
+        """Fill ``slot`` with a whole expert; as :meth:`read_part`, part by part."""
+        parts = range(self.parts(moe_layer, expert))
+        return sum(self.read_part(moe_layer, expert, part, slot, bounce) for part in parts)
+
+    def read_part(self, moe_layer: int, expert: int, part: int, slot: np.ndarray, bounce: np.ndarray) -> int:
+        """Fill the places of one part in ``slot`` (uint8, aligned); returns the bytes fetched from the files.
 
         ``bounce`` is scratch and belongs to the calling thread for the time of the call.
 
@@ -98,27 +129,23 @@ class CheckpointStore:
         ReadError
             A file changed under us or a read failed; the slot's content is then undefined.
         """
-        sources, runs = self._plan(moe_layer, expert)
-        parts: list[list[np.ndarray | None]] = [[None] * len(source.extents) for source in sources]
+        units, runs = self._plan(moe_layer, expert)[part]
+        pieces: list[list[np.ndarray]] = [[bounce] * len(unit.extents) for unit in units]
         fetched = used = 0
         for run in runs:
             view = self.reader.read(run.extent.file, run.extent.offset, run.extent.nbytes, bounce[used:])
             fetched += run.extent.nbytes
-            for source_index, extent_index in run.parts:
-                extent = sources[source_index].extents[extent_index]
-                first = extent.offset - run.extent.offset
-                parts[source_index][extent_index] = view[first : first + extent.nbytes]
             used += _padded(run.extent.nbytes)
-        for source, pieces in zip(sources, parts, strict=True):
-            out = slot[source.slot_offset : source.slot_offset + source.nbytes]
-            if source.convert is not None:
-                source.convert([piece for piece in pieces if piece is not None], out)
-                continue
-            at = 0
-            for piece in pieces:
-                assert piece is not None, "every extent belongs to exactly one run"
-                out[at : at + piece.nbytes] = piece
-                at += piece.nbytes
+            for index, place in run.holds:
+                extent = units[index].extents[place]
+                first = extent.offset - run.extent.offset
+                pieces[index][place] = view[first : first + extent.nbytes]
+        for unit, found in zip(units, pieces, strict=True):
+            out = slot[unit.slot_offset : unit.slot_offset + unit.nbytes]
+            if unit.convert is None:
+                out[:] = found[0]
+            else:
+                unit.convert(found, out)
         return fetched
 
     def close(self) -> None:
@@ -126,28 +153,51 @@ class CheckpointStore:
         self.reader.close()
 
 
-def _runs(sources: Sequence[ParameterSource]) -> list[_Run]:
-    located = sorted(
-        (extent, (source_index, extent_index))
-        for source_index, source in enumerate(sources)
-        for extent_index, extent in enumerate(source.extents)
-    )
+def _plan(sources: Sequence[ParameterSource]) -> tuple[_Part, ...]:
+    units = sorted((unit for source in sources for unit in _units(source)), key=lambda unit: unit.extents[0])
+    total = sum(unit.nbytes for unit in units)
+    count = min(_MOST_PARTS, max(1, round(total / _PART_BYTES)))
+    shares: list[list[_Unit]] = [[] for _ in range(count)]
+    done = 0
+    for unit in units:
+        shares[min(count - 1, (done + unit.nbytes // 2) * count // max(1, total))].append(unit)
+        done += unit.nbytes
+    return tuple(_Part(tuple(share), _runs(share)) for share in shares if share)
+
+
+def _units(source: ParameterSource) -> list[_Unit]:
+    if source.convert is not None:
+        return [_Unit(source.extents, source.slot_offset, source.nbytes, source.convert)]
+    units = []
+    at = source.slot_offset
+    for file, offset, nbytes in source.extents:
+        pieces = max(1, round(nbytes / _PART_BYTES * 2))
+        size = -(-nbytes // pieces)
+        for start in range(0, nbytes, size):
+            length = min(size, nbytes - start)
+            units.append(_Unit((Extent(file, offset + start, length),), at + start, length, None))
+        at += nbytes
+    return units
+
+
+def _runs(units: Sequence[_Unit]) -> tuple[_Run, ...]:
+    located = sorted((extent, (i, j)) for i, unit in enumerate(units) for j, extent in enumerate(unit.extents))
     runs: list[_Run] = []
-    for extent, part in located:
+    for extent, place in located:
         if runs:
             last = runs[-1].extent
             end = last.offset + last.nbytes
             if last.file == extent.file and extent.offset - end <= _GAP_BYTES:
                 nbytes = max(end, extent.offset + extent.nbytes) - last.offset
-                runs[-1] = _Run(last._replace(nbytes=nbytes), (*runs[-1].parts, part))
+                runs[-1] = _Run(last._replace(nbytes=nbytes), (*runs[-1].holds, place))
                 continue
-        runs.append(_Run(extent, (part,)))
-    return runs
+        runs.append(_Run(extent, (place,)))
+    return tuple(runs)
 
 
 def _padded(nbytes: int) -> int:
     return (-(-nbytes // BLOCK_BYTES) + 2) * BLOCK_BYTES
 
 
-def _bounce_bytes(runs: list[_Run]) -> int:
-    return sum(_padded(run.extent.nbytes) for run in runs)
+def _bounce_bytes(part: _Part) -> int:
+    return sum(_padded(run.extent.nbytes) for run in part.runs)
