@@ -132,10 +132,10 @@ def test_errors_are_those_that_callers_of_files_catch(reader: FileReader, file: 
 
 
 def test_a_file_that_is_not_there(tmp_path: Path, file: Path) -> None:
-    before = len(os.listdir("/proc/self/fd")) if Path("/proc/self/fd").exists() else 0
+    before = len(list(Path("/proc/self/fd").iterdir())) if Path("/proc/self/fd").exists() else 0
     with pytest.raises(CheckpointMissingError, match="missing"):
         FileReader([file, tmp_path / "missing"])
-    assert not before or len(os.listdir("/proc/self/fd")) == before, "a descriptor was left open"
+    assert not before or len(list(Path("/proc/self/fd").iterdir())) == before, "a descriptor was left open"
 
 
 def test_close_closes_and_may_be_repeated(file: Path) -> None:
