@@ -19,6 +19,7 @@
     |-- ClosedError (RuntimeError)           used after close()
     |-- VerifyError (AssertionError)         ours and the reference differ
     |-- TraceError (ValueError)
+    |   |-- TraceMissingError (FileNotFoundError)   there is no such trace
     |   |-- TraceFormatError                 not a trace, wrong version, wrong column type, missing header
     |   |-- TraceValueError                  an id out of range, ragged K, empty document
     |   `-- TraceMismatchError               traces of different models or shapes put together
@@ -141,6 +142,10 @@ class VerifyError(SwaplessError, AssertionError):
 
 class TraceError(SwaplessError, ValueError):
     """Something is wrong with a trace."""
+
+
+class TraceMissingError(TraceError, FileNotFoundError):
+    """There is no such trace."""
 
 
 class TraceFormatError(TraceError):

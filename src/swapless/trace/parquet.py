@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from swapless.errors import TraceFormatError, TraceMismatchError, TraceValueError, message
+from swapless.errors import TraceFormatError, TraceMismatchError, TraceMissingError, TraceValueError, message
 from swapless.manifest import write_whole
 from swapless.notation import Phase
 from swapless.trace.checks import check_trace
@@ -47,7 +47,7 @@ def read_trace(path: str | os.PathLike[str], *, columns: tuple[str, ...] | None 
         Not a Parquet file or a truncated one, no header, an unknown version, a missing column or a wrong column type.
     TraceValueError
         A value that cannot be; row, MoE layer and value are named.
-    FileNotFoundError
+    TraceMissingError
         No such file.
     """
     with open_parquet(path) as file:
@@ -129,7 +129,7 @@ _ENCODING: dict[str, Any] = {"compression": "zstd", "use_dictionary": _CODED}
 def open_parquet(path: str | os.PathLike[str]) -> pq.ParquetFile:
     """Parquet file, memory-mapped; a typed error if it is none."""
     if not Path(path).exists():
-        raise FileNotFoundError(message("No such trace.", where=path))
+        raise TraceMissingError(message("No such trace.", where=path))
     try:
         return pq.ParquetFile(path, memory_map=True)
     except (pa.ArrowException, OSError) as error:
@@ -205,7 +205,9 @@ def trace_of_table(table: pa.Table, header: TraceHeader) -> Trace:
             if values.null_count:
                 row = int(np.argmax(values.is_null().to_numpy(zero_copy_only=False))) // column.type.list_size
                 raise TraceValueError(message(f"{name} holds a null.", where=f"row {row}"))
-            columns[name] = values.to_numpy(zero_copy_only=True).reshape(num_tokens, num_layers, -1)
+            columns[name] = values.to_numpy(zero_copy_only=True).reshape(
+                num_tokens, num_layers, column.type.list_size // num_layers
+            )
         else:
             columns[name] = column.to_numpy(zero_copy_only=True)
     return Trace(**columns)

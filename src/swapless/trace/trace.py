@@ -141,7 +141,8 @@ class Trace:
             raise TraceValueError(message("expert_ids have the wrong shape.", got=ids.shape, allowed=allowed))
 
         def halves(values: Any) -> np.ndarray | None:
-            return None if values is None else np.asarray(values, np.float16).reshape(num_tokens, shape[1], -1)
+            array = None if values is None else np.asarray(values, np.float16)
+            return array if array is None or array.ndim != 2 else array.reshape(num_tokens, shape[1], -1)
 
         documents = np.zeros(num_tokens, np.int32) if document is None else integers(document, "document", np.int32)
         codes, names = domain_codes(domain, num_tokens)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from swapless.errors import TraceFormatError, message
+from swapless.errors import TraceFormatError, TraceMissingError, message
 from swapless.registry import Registry
 from swapless.trace.parquet import read_trace
 from swapless.trace.trace import Trace
@@ -50,14 +50,14 @@ def load_trace(
         No known form.
     UnknownNameError
         No such importer.
-    FileNotFoundError
+    TraceMissingError
         Nothing at ``path``.
     """
     place = Path(path)
     if importer is not None:
         return IMPORTERS.get(importer).load(place, model_id)
     if not place.exists():
-        raise FileNotFoundError(message("No such trace.", where=path))
+        raise TraceMissingError(message("No such trace.", where=path))
     if place.is_file() and place.suffix == ".parquet":
         return read_trace(place, columns=columns)
     for name in IMPORTERS.names():

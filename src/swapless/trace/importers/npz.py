@@ -51,7 +51,8 @@ def load(path: Path, model_id: str | None = None) -> Trace:
         got = f"{ids.dtype} {ids.shape}"
         raise TraceFormatError(message("expert_ids must be integers of shape [T, L, K].", where=path, got=got))
     offsets = arrays.get("offsets", np.array([0, len(ids)]))
-    steps = np.diff(offsets.astype(np.int64)) if offsets.ndim == 1 and offsets.dtype.kind in "iu" else np.zeros(0)
+    plain = offsets.ndim == 1 and offsets.dtype.kind in "iu"
+    steps = np.diff(offsets.astype(np.int64)) if plain else np.zeros(0, np.int64)
     if len(steps) == 0 or offsets[0] != 0 or offsets[-1] != len(ids):
         got = offsets[:8].tolist() if offsets.ndim == 1 else offsets.shape
         raise TraceValueError(message("offsets must run from 0 to T.", where=path, got=got, allowed=f"0 to {len(ids)}"))
