@@ -17,6 +17,7 @@ POLICIES = Registry(
         "lfu": "swapless.cache.lfu:Lfu",
         "lfu-perfect": "swapless.cache.lfu:PerfectLfu",
         "lru": "swapless.cache.lru:Lru",
+        "next_use": "swapless.cache.next_use:NextUse",
         "s3fifo": "swapless.cache.s3fifo:S3Fifo",
         "score": "swapless.cache.score:Score",
         "slru": "swapless.cache.slru:Slru",

@@ -50,7 +50,8 @@ def new_buffers(num_experts: int, largest_call_ids: int) -> Buffers:
 
 
 @compiled
-def _demand(ids: Any, moe_layer: Any, rows: Any, first: Any, end: Any, num_experts: Any, buffers: Any) -> Any:
+def gather(ids: Any, moe_layer: Any, rows: Any, first: Any, end: Any, num_experts: Any, buffers: Any) -> Any:
+    """Distinct experts that one forward call asks of one MoE layer, into the buffers; returns how many."""
     n = 0
     if end - first == 1:  # one token: its list as it is
         for k in range(ids.shape[2]):
@@ -96,7 +97,7 @@ def replay_calls(
             if scores.shape[0] > 0:
                 for i in range(starts[c], starts[c + 1]):
                     on_scores(state, residency, moe_layer, scores[i - starts[first_call], moe_layer])
-            n = _demand(ids, moe_layer, rows, starts[c], starts[c + 1], num_experts, b)
+            n = gather(ids, moe_layer, rows, starts[c], starts[c + 1], num_experts, b)
             hits = evictions = streamed = 0
             for first in range(n if single else min(n, 1)):
                 end = first + 1 if single else n
@@ -104,7 +105,7 @@ def replay_calls(
                 arrange(state, residency, moe_layer * num_experts, experts)
                 # A token is one demand set of its layer, also where its requests come one at a time.
                 residency.demand_sets[moe_layer] -= first > 0
-                serve(state, residency, moe_layer, num_experts, experts, phase[c], b.hit, b.slot, b.wave, b.evicted)
+                serve(state, residency, moe_layer, num_experts, experts, int(phase[c]), b.hit, b.slot, b.wave, b.evicted)
                 for i in range(end - first):
                     hits += b.hit[i]
                     evictions += b.evicted[i] >= 0

@@ -10,5 +10,9 @@ from typing import Any
 
 from numba import njit
 
-OPTIONS: Any = {"nogil": True, "_nrt": False, "error_model": "numpy", "forceinline": True}
+_OPTIONS: Any = {"nogil": True, "_nrt": False, "error_model": "numpy"}
+OPTIONS: Any = {**_OPTIONS, "forceinline": True}
 compiled: Any = njit(cache=True, **OPTIONS)
+"""For kernels and rules that are called for every request: always inlined."""
+compiled_apart: Any = njit(cache=True, **_OPTIONS)
+"""For kernels that do much at each call: machine code of their own, compiled once."""

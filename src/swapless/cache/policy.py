@@ -5,6 +5,8 @@ registered for its type with :func:`rules`; and a final class with a ``name`` an
 for a shape. ``key`` is ``moe_layer * E + expert``. ``clock`` grows with every demand set and wave; ``residency`` is the
 :class:`~swapless.cache.residency.Residency` that the rules may read and never change. Rules allocate nothing.
 
+``on_demand(state, residency, moe_layer, experts, phase)``
+    The distinct ``experts`` of one demand set are known; called before any of them is judged.
 ``on_access(state, residency, pool, key, hit, clock, phase)``
     A request for ``key`` was judged: called once a distinct expert of a demand set, hits and misses alike, in list order.
 ``on_insert(state, residency, pool, key, clock, phase)``
@@ -60,6 +62,7 @@ def _rule(name: str) -> Callable[..., Any]:
 
 
 # These bodies never run: compiled code takes the rule registered for the state's own type.
+on_demand = _rule("on_demand")
 on_access = _rule("on_access")
 on_insert = _rule("on_insert")
 on_evict = _rule("on_evict")
@@ -70,6 +73,7 @@ on_document = _rule("on_document")
 arrange = _rule("arrange")
 
 _DEFAULTS: dict[Callable[..., Any], Callable[..., Any]] = {
+    on_demand: lambda state, residency, moe_layer, experts, phase: None,
     on_access: lambda state, residency, pool, key, hit, clock, phase: None,
     on_insert: lambda state, residency, pool, key, clock, phase: None,
     on_evict: lambda state, residency, pool, key, clock: None,

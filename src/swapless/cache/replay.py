@@ -5,7 +5,7 @@ A policy only decides; requests, hits, reads, evictions and bytes are counted he
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -195,70 +195,104 @@ def replay(
     TraceFormatError
         The policy needs router scores and the trace has none.
     """
-    if request_model not in ("token", "single"):
-        raise UsageError(message("Unknown request model.", got=repr(request_model), allowed="token, single"))
-    if state not in ("keep", "reset"):
-        raise UsageError(message("Unknown treatment of the state.", got=repr(state), allowed="keep, reset"))
-    if state == "reset" and interleave > 1:
-        raise UsageError("Documents that share the cache cannot each start with an empty one: interleave with state keep.")
+    setup = prepare(trace, policy, capacity, pool=pool, request_model=request_model, state=state, interleave=interleave)
     if warmup_tokens < 0:
         raise UsageError(message("warmup_tokens must be at least 0.", got=warmup_tokens))
-    chosen: Any = POLICIES.get(policy)() if isinstance(policy, str) else policy
-    if getattr(chosen, "needs_scores", False) and trace.router_scores is None:
-        step = "Record with `swapless record --scores`."
-        raise TraceFormatError(
-            message(f"The policy {chosen.name!r} needs the column router_scores.", got="a trace without", step=step)
-        )
-    pools = pools_for(capacity, trace.num_moe_layers, trace.num_experts, trace.top_k, pool)
-    plan = schedule(trace, interleave=interleave)
+    plan = setup.plan
+    tally = new_tally(len(plan.phase), trace.num_moe_layers)
+    for piece in setup.pieces():
+        replay_calls(*piece, tally)
+        if advance is not None:
+            advance(piece[9] / len(plan.phase))
     lengths = np.diff(plan.starts)
-    resets = np.flatnonzero(plan.begins) if state == "reset" else np.zeros(1, np.int64)
-    tally = _run(trace, chosen, pools, plan, resets, request_model == "single", advance or (lambda done: None))
-    before = np.cumsum(lengths) - lengths
-    start_of_piece = resets[np.searchsorted(resets, np.arange(len(lengths)), side="right") - 1]
     return Replay(
-        policy=chosen.name,
-        pools=pools,
+        policy=setup.policy.name,
+        pools=setup.pools,
         request_model=request_model,
         schedule=plan,
-        measured=before - before[start_of_piece] >= warmup_tokens,
+        measured=setup.measured(warmup_tokens),
         tally=tally,
         tokens_of_call=lengths,
         expert_bytes=default_expert_bytes(trace) if expert_bytes is None else expert_bytes,
     )
 
 
-def _run(
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Setup:
+    """Everything that a pass over a trace starts from: shared by replay and timeline."""
+
+    trace: Trace
+    policy: Any
+    pools: Pools
+    plan: Schedule
+    resets: np.ndarray
+    single: bool
+
+    def measured(self, warmup_tokens: int) -> np.ndarray:
+        """Which forward calls come after the warm-up, which starts anew with every empty cache."""
+        lengths = np.diff(self.plan.starts)
+        before = np.cumsum(lengths) - lengths
+        start = self.resets[np.searchsorted(self.resets, np.arange(len(lengths)), side="right") - 1]
+        return np.asarray(before - before[start] >= warmup_tokens)
+
+    def pieces(self) -> Iterator[tuple[Any, ...]]:
+        """Arguments of the compiled loop, some thousand calls at a time; a fresh cache and policy after every reset."""
+        trace, plan, policy, pools = self.trace, self.plan, self.policy, self.pools
+        layers, experts = trace.num_moe_layers, trace.num_experts
+        ids = np.ascontiguousarray(trace.expert_ids).view()
+        ids.flags.writeable = False
+        buffers = new_buffers(experts, int(np.diff(plan.starts).max()) * trace.top_k)
+        optimum = getattr(policy, "optimum", False)
+        if optimum:
+            state = future_state(policy.state_type, ids, plan.rows, plan.starts, experts, single=self.single)
+        ends = np.append(self.resets[1:], len(plan.phase))
+        for start, end in zip(self.resets.tolist(), ends.tolist()):
+            residency = empty_residency(layers, experts, pools.pool_of_layer, pools.pool_slots, pools.floor)
+            if not optimum:
+                state = policy.state(layers, experts, len(pools.pool_slots))
+            for first in range(start, end, _CHUNK_CALLS):
+                last = min(end, first + _CHUNK_CALLS)
+                scores = _scores(trace, policy, plan, first, last)
+                calls = (plan.rows, plan.starts, plan.phase, plan.begins, first, last)
+                yield (state, residency, ids, scores, *calls, experts, self.single, buffers)
+
+
+def prepare(
     trace: Trace,
-    policy: Any,
-    pools: Pools,
-    plan: Schedule,
-    resets: np.ndarray,
-    single: bool,
-    advance: Callable[[float], None],
-) -> Tally:
-    layers, experts = trace.num_moe_layers, trace.num_experts
-    ids = np.ascontiguousarray(trace.expert_ids).view()
-    ids.flags.writeable = False
-    tally = new_tally(len(plan.phase), layers)
-    buffers = new_buffers(experts, int(np.diff(plan.starts).max()) * trace.top_k)
-    optimum = getattr(policy, "optimum", False)
-    if optimum:
-        state = future_state(policy.state_type, ids, plan.rows, plan.starts, experts, single=single)
-    ends = np.append(resets[1:], len(plan.phase))
-    for start, end in zip(resets.tolist(), ends.tolist()):
-        residency = empty_residency(layers, experts, pools.pool_of_layer, pools.pool_slots, pools.floor)
-        if not optimum:
-            state = policy.state(layers, experts, len(pools.pool_slots))
-        for first in range(start, end, _CHUNK_CALLS):
-            last = min(end, first + _CHUNK_CALLS)
-            scores = _scores(trace, policy, plan, first, last)
-            replay_calls(
-                *(state, residency, ids, scores, plan.rows, plan.starts, plan.phase, plan.begins),
-                *(first, last, experts, single, buffers, tally),
-            )
-            advance(last / len(plan.phase))
-    return tally
+    policy: str | Policy,
+    capacity: float | int,
+    *,
+    pool: PoolKind = "layer",
+    request_model: RequestModel = "token",
+    state: Literal["keep", "reset"] = "keep",
+    interleave: int = 1,
+) -> Setup:
+    """Check the arguments of :func:`replay` and lay out the pass.
+
+    Raises
+    ------
+    CapacityError, UnknownNameError, UsageError, TraceFormatError
+        As there.
+    """
+    if request_model not in ("token", "single"):
+        raise UsageError(message("Unknown request model.", got=repr(request_model), allowed="token, single"))
+    if state not in ("keep", "reset"):
+        raise UsageError(message("Unknown treatment of the state.", got=repr(state), allowed="keep, reset"))
+    if state == "reset" and interleave > 1:
+        raise UsageError("Documents that share the cache cannot each start with an empty one: interleave with state keep.")
+    chosen: Any = POLICIES.get(policy)() if isinstance(policy, str) else policy
+    if getattr(chosen, "needs_scores", False) and trace.router_scores is None:
+        what, step = f"The policy {chosen.name!r} needs the column router_scores.", "Record with `swapless record --scores`."
+        raise TraceFormatError(message(what, got="a trace without", step=step))
+    plan = schedule(trace, interleave=interleave)
+    return Setup(
+        trace=trace,
+        policy=chosen,
+        pools=pools_for(capacity, trace.num_moe_layers, trace.num_experts, trace.top_k, pool),
+        plan=plan,
+        resets=np.flatnonzero(plan.begins) if state == "reset" else np.zeros(1, np.int64),
+        single=request_model == "single",
+    )
 
 
 def _scores(trace: Trace, policy: Any, plan: Schedule, first: int, last: int) -> np.ndarray:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from swapless.cache.compiled import compiled
-from swapless.cache.policy import Policy, admit, on_access, on_document, on_evict, on_insert, on_scores, victim
+from swapless.cache.policy import Policy, admit, on_access, on_demand, on_document, on_evict, on_insert, on_scores, victim
 from swapless.cache.residency import Residency, empty_residency
 from swapless.notation import Phase
 
@@ -78,6 +78,7 @@ def serve(
     clock = residency.clock[0]
     base = moe_layer * num_experts
     n = len(experts)
+    on_demand(state, residency, moe_layer, experts, phase)
     for i in range(n):
         s = residency.slot_of_key[base + experts[i]]
         hit[i] = s >= 0

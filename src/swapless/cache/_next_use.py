@@ -1,0 +1,122 @@
+"""Kernels of the learned next use: sums of a ridge regression kept up token by token, solved by endless sweeps.
+
+Every sum is taken in a fixed order in float32, so that replay, engine and the slow twin agree to the last bit.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from swapless.cache.compiled import compiled_apart
+
+# The faded blocks change slowly, so their products are taken every few tokens, a part of them each token.
+STRIDE = 4
+# Beyond this many tokens old ones weigh less: sums are halved, which also keeps float32 exact enough.
+HALVED_AFTER = 131072
+_PREFILL_EXPERTS = 8
+
+
+@compiled_apart
+def take_in(state: Any, token: int, moe_layer: int, experts: Any, learn: bool) -> None:
+    """One demand set: credit the uses that came, then feed in what was used."""
+    fed, trail, cross, before = state.fed[moe_layer], state.trail[moe_layer], state.cross[moe_layer], state.before[moe_layer]
+    num_experts, width = cross.shape
+    horizon = state.horizon[0]
+    if learn:
+        now = state.learned[moe_layer]
+        for i in range(len(experts)):
+            expert = experts[i]
+            # Faded sum of what went in since the expert's last use: the whole sum less what was there then.
+            faded = horizon ** np.float32(min(now - state.used_at[moe_layer, expert], 1000))
+            for j in range(width):
+                cross[expert, j] += trail[j] - faded * before[expert, j]
+                before[expert, j] = horizon * trail[j]
+            state.used_at[moe_layer, expert] = now + 1
+    _feed(state, token, moe_layer, experts, num_experts, learn)
+    if learn:
+        for j in range(width):
+            trail[j] = horizon * trail[j] + fed[j]
+        state.learned[moe_layer] += 1
+        _sum_products(state, moe_layer, experts, num_experts)
+
+
+@compiled_apart
+def _feed(state: Any, token: int, moe_layer: int, experts: Any, num_experts: int, learn: bool) -> None:
+    fed = state.fed[moe_layer]
+    one = np.float32(1.0)
+    share = one if learn else min(one, np.float32(_PREFILL_EXPERTS) / np.float32(max(1, len(experts))))
+    fresh = token != state.seen[moe_layer]  # one at a time, a token comes in several demand sets
+    state.seen[moe_layer] = token
+    for block in range(state.fade.size):
+        fade = state.fade[block]
+        scale = np.sqrt(one - fade) * share
+        base = block * num_experts
+        if fresh:
+            for j in range(base, base + num_experts):
+                fed[j] *= fade
+        for i in range(len(experts)):
+            fed[base + experts[i]] += scale
+    fed[fed.size - 1] = one
+
+
+@compiled_apart
+def _sum_products(state: Any, moe_layer: int, experts: Any, num_experts: int) -> None:
+    fed, moment, cross = state.fed[moe_layer], state.moment[moe_layer], state.cross[moe_layer]
+    width = fed.size
+    for i in range(len(experts)):
+        row = moment[experts[i]]
+        for j in range(experts[i], width):
+            row[j] += fed[j]
+    for i in range(num_experts + state.learned[moe_layer] % STRIDE, width, STRIDE):
+        row = moment[i]
+        scaled = np.float32(STRIDE) * fed[i]
+        for j in range(i, width):
+            row[j] += scaled * fed[j]
+    if state.learned[moe_layer] % HALVED_AFTER == 0:
+        half = np.float32(0.5)
+        for i in range(width):
+            for j in range(width):
+                moment[i, j] *= half
+        for i in range(num_experts):
+            for j in range(width):
+                cross[i, j] *= half
+
+
+@compiled_apart
+def sweep(state: Any, moe_layer: int) -> None:
+    """Solve the regression for one more row of the map, the others as they are."""
+    moment, cross, weight = state.moment[moe_layer], state.cross[moe_layer], state.weight[moe_layer]
+    num_experts, width = cross.shape
+    row = state.row[moe_layer]
+    state.row[moe_layer] = row + 1 if row + 1 < width else 0
+    ridge = state.ridge[0]
+    solved = state.value[moe_layer]  # room; values are predicted afresh after every sweep
+    for expert in range(num_experts):
+        solved[expert] = cross[expert, row]
+    if row < width - 1:
+        solved[row % num_experts] += ridge * state.prior[row // num_experts]
+    for j in range(width):
+        if j != row:
+            factor = moment[row, j] if j > row else moment[j, row]  # only one half of it is kept
+            other = weight[j]
+            for expert in range(num_experts):
+                solved[expert] -= factor * other[expert]
+    scale = np.float32(1.0) / (moment[row, row] + ridge)
+    for expert in range(num_experts):
+        weight[row, expert] = solved[expert] * scale
+
+
+@compiled_apart
+def predict(state: Any, moe_layer: int) -> None:
+    """Value of every expert of the MoE layer, from what was fed in up to now."""
+    fed, weight, value = state.fed[moe_layer], state.weight[moe_layer], state.value[moe_layer]
+    for expert in range(value.size):
+        value[expert] = np.float32(0.0)
+    for j in range(fed.size):
+        factor = fed[j]
+        if factor != np.float32(0.0):
+            row = weight[j]
+            for expert in range(value.size):
+                value[expert] += factor * row[expert]
