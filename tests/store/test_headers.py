@@ -1,4 +1,4 @@
-"""Headers of safetensors files: what is well formed is found, and every corruption has its own error before a weight is read."""
+"""Headers of safetensors files: what is well formed is found; every corruption has its own error before a weight is read."""
 
 from __future__ import annotations
 
