@@ -1,0 +1,119 @@
+"""``swapless simulate``: which policy, how large a cache, and how many tokens a second would that be?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from swapless.cli._options import Json, Quiet, exclusive
+from swapless.cli._trace_options import Documents, chosen_trace
+from swapless.cli.out import Out
+
+__all__ = ["simulate"]
+
+
+def simulate(
+    trace: Annotated[Path | None, typer.Argument(metavar="TRACE", help="The trace to replay.")] = None,
+    policy: Annotated[str, typer.Option(metavar="LIST", help="Policies, the optima belady and belady_bypass among them.")] = (
+        "lru,lfu,next_use,belady"
+    ),
+    capacity: Annotated[
+        str, typer.Option(metavar="LIST", help="Shares of the experts, as 0.25, or counts, as 16 (in all, for one pool).")
+    ] = "0.1,0.25,0.5",
+    pool: Annotated[
+        str, typer.Option(metavar="KIND", help="layer: a quota each; shared; floor: shared, K a layer kept.")
+    ] = "layer",
+    state: Annotated[str, typer.Option(metavar="WHAT", help="keep the cache over documents, or reset it.")] = "keep",
+    request_model: Annotated[str, typer.Option(metavar="MODEL", help="token: all K at once; single: one at a time.")] = "token",
+    interleave: Annotated[int, typer.Option(metavar="N", help="Documents that take turns.")] = 1,
+    warmup: Annotated[int, typer.Option(metavar="TOKENS", min=0, help="Tokens not counted at the start.")] = 0,
+    device: Annotated[str | None, typer.Option(metavar="NAME", help="Time the reads on this device, as 'NVMe Gen4'.")] = None,
+    documents: Documents = None,
+    protocol: Annotated[str | None, typer.Option(metavar="NAME", help="A published protocol instead: moe-beyond.")] = None,
+    predictions: Annotated[Path | None, typer.Option(metavar="DIR", help="Its predictions, a CSV file a text.")] = None,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write one self-contained page with charts.")] = None,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Replay a trace against cache policies: hits, bytes, distance to the optimum, and time on a device."""
+    from swapless.errors import UsageError, message
+
+    exclusive(json=json, html=html)
+    out = Out(as_json=json, quiet=quiet)
+    if html is not None and not html.parent.is_dir():
+        raise UsageError(message("The folder of the page does not exist.", got=html.parent))
+    sizes = _capacities(capacity)
+    if protocol is not None or predictions is not None:
+        rows = _published(protocol, predictions, sizes)
+        out.document(rows)
+        _print(out, rows, "loads_per_request")
+        return
+    if trace is None:
+        raise UsageError("Name a trace to replay: swapless simulate TRACE.")
+
+    from swapless.cache.devices import device_profile
+    from swapless.cache.sweep import Conditions, sweep
+
+    profile = None if device is None else device_profile(device)
+    conditions: Any = {"pool": pool, "state": state, "request_model": request_model, "interleave": interleave}
+    with out.progress() as progress:
+        progress("reading", 0.0)
+        chosen = chosen_trace(trace, documents=documents)
+        names = [name.strip() for name in policy.split(",")]
+        shared = Conditions(**conditions, warmup_tokens=warmup, device=profile)
+        rows = sweep(chosen, names, sizes, shared, advance=lambda done: progress("replaying", done))
+    out.document(rows)
+    _print(out, rows, "tokens_per_s")
+    if html is not None:
+        from swapless.report.simulate import write_page
+
+        write_page(html, rows, name=chosen.header.model_id or trace.name)
+        out.note(f"Wrote {html}.")
+
+
+def _capacities(text: str) -> list[float | int]:
+    """Shares (with a point or a percent sign) and counts (without)."""
+    from swapless.errors import CapacityError, message
+    from swapless.units import parse_share
+
+    sizes: list[float | int] = []
+    for part in (part.strip() for part in text.split(",")):
+        try:
+            sizes.append(int(part) if part.lstrip("+-").isdigit() else parse_share(part))
+        except ValueError as error:
+            raise CapacityError(message("A capacity is a share or a count.", got=repr(part), step=str(error))) from None
+    return sizes
+
+
+def _published(protocol: str | None, predictions: Path | None, sizes: list[float | int]) -> list[dict[str, Any]]:
+    from swapless.cache.moe_beyond import moe_beyond, read_predictions
+    from swapless.errors import UnknownNameError, UsageError
+
+    if protocol != "moe-beyond":
+        raise UnknownNameError.of("protocol", str(protocol), ["moe-beyond"])
+    if predictions is None:
+        raise UsageError("The protocol moe-beyond replays predictions from files: give --predictions DIR.")
+    texts = read_predictions(predictions)
+    shares = [size for size in sizes if isinstance(size, float)]
+    return [moe_beyond(texts, share, prefetch=prefetch) for prefetch in (False, True) for share in shares]
+
+
+def _print(out: Out, rows: list[dict[str, Any]], last: str) -> None:
+    """One line a row."""
+    columns = ["policy", "experts", "hit rate", "GB a token", last.replace("_", " ")]
+    table = []
+    for row in rows:
+        size = row.get("bytes_read_per_token")
+        figure = row.get(last)
+        table.append(
+            [
+                row["policy"],
+                f"{row['capacity_experts']} ({row['capacity_fraction']:.0%})",
+                "-" if row["hit_rate"] is None else f"{row['hit_rate']:.2%}",
+                "-" if size is None else f"{size / 1e9:.3f}",
+                "-" if figure is None else f"{figure:.2f}",
+            ]
+        )
+    out.table(columns, table)
