@@ -91,7 +91,7 @@ def capacity_rows(measure: str, curves: Any, chance: Any | None, marks: Sequence
         if said is None and cold == "miss":
             continue
         rates = curves.rate(cold)
-        expected = np.full(rates.shape[1], np.nan) if chance is None else np.nanmean(chance.rate(cold), axis=0)
+        expected = np.full(rates.shape[1], np.nan) if chance is None else mean_of_layers(chance.rate(cold))
         ends = mark_intervals(curves, 0 if cold == "free" else 1)
         mean = mean_of_layers(rates)
         groups: list[tuple[str, int | None, np.ndarray]] = []
@@ -135,7 +135,9 @@ def mark_intervals(curves: Any, convention: int, *, replicates: int = 400, seed:
         with np.errstate(invalid="ignore", divide="ignore"):
             drawn[number] = mean_of_layers((weights @ hits).reshape(shape) / requests[:, None])
     rates = mean_of_layers(curves.rate("free" if convention == 0 else "miss"))
-    low, high = np.nanquantile(drawn, [0.025, 0.975], axis=0)
+    if not np.isfinite(drawn).all():  # a replicate without any request: too few documents to say anything
+        return {}
+    low, high = np.quantile(drawn, [0.025, 0.975], axis=0)
     return {
         mark: (2 * rates[mark - 1] - high[place], 2 * rates[mark - 1] - low[place]) for place, mark in enumerate(curves.marks)
     }

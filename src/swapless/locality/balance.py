@@ -111,7 +111,7 @@ def balance(source: Source, segments: int | Sequence[int] = (16,), *, advance: A
 
     def work(item: tuple[Trace, int, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         piece, _, layer = item
-        ids, offsets = np.ascontiguousarray(piece.expert_ids[:, layer]), piece.document_offsets
+        ids, offsets = piece.expert_ids[:, layer].copy(), piece.document_offsets
         local, covered = np.zeros((len(lengths), 3)), np.zeros((experts, len(lengths)))
         for number, window in enumerate(lengths):
             logs = np.arange(max(2, window * ids.shape[1] + 1), dtype=np.float64)

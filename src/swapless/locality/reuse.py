@@ -105,7 +105,7 @@ def reuse(source: Source, segments: int | Sequence[int] = (16,), *, advance: Adv
 
     def work(item: tuple[Trace, int]) -> tuple[np.ndarray, np.ndarray, list[int]]:
         piece, layer = item
-        ids, offsets = np.ascontiguousarray(piece.expert_ids[:, layer]), piece.document_offsets
+        ids, offsets = piece.expert_ids[:, layer].copy(), piece.document_offsets
         counts, gaps = np.zeros(3, np.int64), np.zeros(int(np.diff(offsets).max()), np.int64)
         distances(ids, offsets, experts, counts, gaps)
         found = []

@@ -174,7 +174,7 @@ def srp(
         experts, window, offsets = piece.num_experts, lengths[number], piece.document_offsets
         by_expert = np.zeros((experts, window + 1), np.int64)
         by_document = np.zeros((len(offsets) - 1, window + 1), np.int64)
-        windows_at_least(np.ascontiguousarray(piece.expert_ids[:, layer]), offsets, experts, window, by_expert, by_document)
+        windows_at_least(piece.expert_ids[:, layer].copy(), offsets, experts, window, by_expert, by_document)
         windows = np.maximum(np.diff(offsets) - window + 1, 0)
         by_expert[:, 0] = windows.sum()
         by_document[:, 0] = windows * experts

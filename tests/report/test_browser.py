@@ -1,0 +1,75 @@
+"""The page in a real browser: every chart drawn, every table filled, nothing said on the console, nothing fetched."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from swapless.cli.main import app
+
+SAMPLE = Path(__file__).resolve().parents[1] / "data" / "gpt-oss-20b.sample.parquet"
+ARGUMENTS = ["--no-sandbox", "--disable-background-networking", "--disable-dev-shm-usage"]
+
+
+@pytest.fixture
+def browser_page(tmp_path):
+    playwright = pytest.importorskip("playwright.sync_api", reason="the package playwright is not installed")
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("no Chromium on this machine (Debian: apt-get install chromium)")
+    with playwright.sync_playwright() as driver:
+        context = driver.chromium.launch_persistent_context(
+            tmp_path / "profile",
+            executable_path=chromium,
+            headless=True,
+            args=ARGUMENTS,
+            accept_downloads=True,
+            viewport={"width": 1320, "height": 900},
+        )
+        yield context.new_page()
+        context.close()
+
+
+@pytest.mark.slow
+def test_the_page_in_a_browser(browser_page, tmp_path):
+    html = tmp_path / "report.html"
+    result = CliRunner().invoke(app, ["locality", str(SAMPLE), str(SAMPLE), "--html", str(html)])
+    assert result.exit_code == 0, result.output
+    said, fetched = [], []
+    browser_page.on("console", lambda line: said.append(f"{line.type}: {line.text}"))
+    browser_page.on("pageerror", lambda error: said.append(str(error)))
+    browser_page.on("request", lambda request: fetched.append(request.url))
+    browser_page.goto(html.as_uri())
+    plots = browser_page.locator(".plot")
+    browser_page.wait_for_function(
+        "document.querySelectorAll('.plot .main-svg').length >= document.querySelectorAll('.plot').length"
+    )
+    assert plots.count() == 11
+    drawn = browser_page.evaluate(
+        """() => [...document.querySelectorAll('.plot')].map(plot => {
+            const marks = plot.querySelectorAll('.trace path, .heatmaplayer image, .bars path, .point');
+            const box = plot.getBoundingClientRect();
+            return [plot.id, marks.length, box.width, box.height];
+        })"""
+    )
+    for name, marks, width, height in drawn:
+        assert marks > 0 and width > 300 and height > 200, (name, marks, width, height)
+    cells = browser_page.evaluate("[...document.querySelectorAll('table')].map(t => t.tBodies[0].rows.length)")
+    assert all(rows > 0 for rows in cells)
+    assert browser_page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+    assert browser_page.locator(".modebar-btn[data-title^=Share]").count() == 0  # nothing on the page uploads anything
+    browser_page.locator("#hit_rate summary").click()
+    with browser_page.expect_download() as download:
+        browser_page.locator("#hit_rate button[data-table]").click()
+    saved = tmp_path / "table.csv"
+    download.value.save_as(saved)
+    lines = saved.read_text(encoding="utf-8").splitlines()
+    assert lines[0].startswith("trace,capacity_experts,share_of_experts,lru,lfu,belady")
+    assert len(lines) == 1 + 2 * 32
+    browser_page.set_viewport_size({"width": 420, "height": 800})
+    assert browser_page.evaluate("document.documentElement.scrollWidth <= window.innerWidth + 1")
+    assert said == []
+    assert all(url.startswith(("file:", "blob:", "data:")) for url in fetched)
