@@ -70,6 +70,6 @@ def test_the_page_in_a_browser(browser_page, tmp_path):
     assert lines[0].startswith("trace,capacity_experts,share_of_experts,lru,lfu,belady")
     assert len(lines) == 1 + 2 * 32
     browser_page.set_viewport_size({"width": 420, "height": 800})
-    assert browser_page.evaluate("document.documentElement.scrollWidth <= window.innerWidth + 1")
+    browser_page.wait_for_function("document.documentElement.scrollWidth <= window.innerWidth + 1")
     assert said == []
     assert all(url.startswith(("file:", "blob:", "data:")) for url in fetched)
