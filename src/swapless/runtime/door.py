@@ -174,6 +174,20 @@ class _Origin:
         result = next(iter(collected.values()))
         return result[0] if isinstance(result, list) else result
 
+    def shape(self) -> tuple[int, ...] | None:
+        """Shape that transformers makes of one expert, found by its own operations on no data; None where they fail."""
+        merges = self.merges()
+        if self.converter is None:
+            return next(iter(self.refs.values()))[0].shape[1:]
+        stacks = {
+            pattern: [torch.empty(refs[0].shape if merges else (1, *refs[0].shape[1:]), device="meta")]
+            for pattern, refs in self.refs.items()
+        }
+        try:
+            return tuple(self._convert(self.converter, stacks, 1).shape[1:])
+        except (RuntimeError, ValueError, IndexError):
+            return None
+
     def _plain(self) -> bool:
         # Merging experts and concatenating along the first axis of each leave every source tensor's bytes in one piece.
         if self.converter is None:
@@ -390,7 +404,6 @@ def _check_origin(origin: _Origin | None, full_name: str, parameter: ExpertParam
                 )
             )
     merges = origin.merges()
-    elements = 0
     for pattern, refs in origin.refs.items():
         count = len(refs) if merges else refs[0].shape[0] if refs[0].shape else 0
         if count != num_experts or (not merges and len(refs) != 1):
@@ -412,14 +425,24 @@ def _check_origin(origin: _Origin | None, full_name: str, parameter: ExpertParam
                         allowed=", ".join(_DTYPES),
                     )
                 )
-        elements += int(np.prod(refs[0].shape)) // (1 if merges else num_experts)
-    if elements != int(np.prod(parameter.shape)):
+        odd = next((ref for ref in refs if ref.shape != refs[0].shape), None)
+        if odd is not None:
+            raise CheckpointCorruptError(
+                message(
+                    "Experts of one kind have different shapes.",
+                    where=f"{odd.key} in {odd.file}",
+                    got=list(odd.shape),
+                    allowed=f"{list(refs[0].shape)}, as {refs[0].key}",
+                )
+            )
+    shape = origin.shape()
+    if shape != parameter.shape:
         raise CheckpointCorruptError(
             message(
-                "An expert's weights have the wrong size for this model.",
+                "An expert's weights have the wrong shape for this model.",
                 where=full_name,
-                got=f"{elements} elements an expert",
-                allowed=f"{int(np.prod(parameter.shape))} for {list(parameter.shape)}",
+                got=" and ".join(str(list(refs[0].shape)) for refs in origin.refs.values()) + " in the checkpoint",
+                allowed=f"what makes {list(parameter.shape)}",
             )
         )
 
@@ -471,6 +494,7 @@ def load_non_experts(
         experts_implementation=IMPLEMENTATION,
         attn_implementation=attn_implementation,
         output_loading_info=True,
+        ignore_mismatched_sizes=True,  # else an error that names no weight; the caller refuses them by name
     )
     model, info = loaded  # a pair, since the loading info was asked for
     return model, [*sorted(info["missing_keys"]), *sorted(map(str, info.get("mismatched_keys", ())))]

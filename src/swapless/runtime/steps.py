@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch._C._dynamo.eval_frame import get_eval_frame_callback
 
-from swapless.errors import ContextError, message
+from swapless.errors import ContextError, UnsupportedOperationError, message
 from swapless.notation import Phase
 from swapless.runtime.engine import Engine
 from swapless.runtime.routing import Step
@@ -40,6 +41,10 @@ class StepHooks:
         model.register_forward_hook(self._after, with_kwargs=True)
 
     def _before(self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if callable(get_eval_frame_callback()):  # torch.compile leaves out what it cannot trace, and never says that it did
+            raise UnsupportedOperationError(
+                message("An offloaded model cannot be compiled: its experts are read while it runs.", step="Leave compile out.")
+            )
         given = self._signature.bind_partial(model, *args, **kwargs).arguments
         given |= given.pop("kwargs", {})
         ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
