@@ -11,7 +11,6 @@ import os
 import sys
 from collections.abc import Callable
 from importlib import import_module
-from importlib.util import find_spec
 from typing import Annotated, Any
 
 import typer
@@ -76,8 +75,7 @@ def _guarded(verb: Callable[..., Any]) -> Callable[..., Any]:
 def _register() -> None:
     for name, target in VERBS.items():
         module, _, function = target.partition(":")
-        if find_spec(module):
-            app.command(name)(_guarded(getattr(import_module(module), function)))
+        app.command(name)(_guarded(getattr(import_module(module), function)))
 
 
 _register()
