@@ -1,0 +1,34 @@
+"""The door into transformers: every use of its private interface is in this folder, and the project has no second one.
+
+transformers builds every Mixture-of-Experts family around experts modules marked by one decorator, which looks their forward
+function up in a registry. We register ours, and load models through a subclass whose experts hold no parameters, so that
+``from_pretrained`` does all else by itself and never reads an expert. Which bytes of the checkpoint make up an expert is asked
+of transformers' declarative conversion table, in its own words, so that no family is named here.
+"""
+
+from __future__ import annotations
+
+from swapless.runtime.door.layout import ExpertParameter, Layout, MoeLayer
+from swapless.runtime.door.match import checkpoint_layout, is_experts
+from swapless.runtime.door.model import (
+    experts_of,
+    load_non_experts,
+    model_class,
+    reference_experts,
+    skeleton,
+    strip_experts,
+)
+
+__all__ = [
+    "ExpertParameter",
+    "Layout",
+    "MoeLayer",
+    "checkpoint_layout",
+    "experts_of",
+    "is_experts",
+    "load_non_experts",
+    "model_class",
+    "reference_experts",
+    "skeleton",
+    "strip_experts",
+]

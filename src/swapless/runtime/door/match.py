@@ -1,0 +1,190 @@
+"""Match a checkpoint's tensors with the experts of a model that exists only as shapes, and refuse what does not fit."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    Concatenate,
+    Interleave,
+    MergeModulelist,
+    Transpose,
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+)
+
+from swapless.errors import CheckpointCorruptError, UnsupportedFamilyError, message
+from swapless.runtime.door.layout import ExpertParameter, Layout, MoeLayer, aligned
+from swapless.runtime.door.origin import DTYPES, CheckpointOrigin
+from swapless.runtime.families import unsupported_family
+from swapless.store.headers import TensorRef
+
+_SLICEABLE = (MergeModulelist, Concatenate, Transpose, Interleave)
+_TOP_K_NAMES = ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts", "num_experts_per_token", "moe_top_k")
+
+
+def is_experts(module: torch.nn.Module) -> bool:
+    """Whether the decorator of transformers' experts registry has marked this module."""
+    return all(hasattr(module, flag) for flag in ("is_transposed", "has_bias", "_apply_gate", "num_experts"))
+
+
+def expert_parameters(module: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """The stacked parameters of an experts module, whose first axis counts experts."""
+    stacked = {}
+    for name, parameter in module._parameters.items():
+        if parameter is not None and parameter.shape[:1] == (module.num_experts,):
+            stacked[name] = parameter
+    return stacked
+
+
+def checkpoint_layout(meta: PreTrainedModel, refs: Mapping[str, TensorRef], dtype: torch.dtype) -> Layout:
+    """Match a checkpoint's tensors with the model's experts.
+
+    Parameters
+    ----------
+    meta : PreTrainedModel
+        From :func:`skeleton`.
+    refs : mapping of str to TensorRef
+        From :func:`~swapless.store.headers.read_headers`.
+    dtype : torch.dtype
+        The type that the model computes in, and its experts are kept in.
+
+    Raises
+    ------
+    UnsupportedFamilyError
+        No experts module at the door, or a conversion that cannot be done an expert at a time.
+    CheckpointCorruptError
+        Tensors of an expert are missing, too many, or of a wrong shape or type.
+    """
+    modules = {path: module for path, module in meta.named_modules() if is_experts(module)}
+    if not modules:
+        raise unsupported_family(meta.config)
+    targets = {f"{path}.{name}": (path, name) for path, module in modules.items() for name in expert_parameters(module)}
+    names = meta.state_dict()
+    transforms = get_model_conversion_mapping(meta)
+    renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
+    converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
+    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+    origins: dict[str, CheckpointOrigin] = {}
+    expert_keys = set()
+    non_expert_bytes = 0
+    for key in sorted(refs, key=dot_natural_key):
+        target, pattern = rename_source_key(key, renamings, converters, meta.base_model_prefix, names)
+        if target not in targets and key in targets:
+            target, pattern = key, None  # saved in the fused layout that the model itself uses
+        if target in targets:
+            converter = by_pattern.get(pattern) if pattern is not None else None
+            origin = origins.setdefault(target, CheckpointOrigin(target, meta, converter))
+            origin.refs.setdefault(pattern, []).append(refs[key])
+            expert_keys.add(key)
+        elif target in names:
+            ref = refs[key]
+            non_expert_bytes += int(np.prod(ref.shape)) * dtype.itemsize
+    layers = tuple(_moe_layer(path, module, origins, dtype) for path, module in modules.items())
+    return Layout(
+        moe_layers=layers,
+        top_k=_top_k(meta.config),
+        dtype=dtype,
+        expert_keys=frozenset(expert_keys),
+        non_expert_bytes=non_expert_bytes,
+        per_expert=any(origin.merges() for origin in origins.values()),
+    )
+
+
+def _moe_layer(path: str, module: Any, origins: Mapping[str, CheckpointOrigin], dtype: torch.dtype) -> MoeLayer:
+    parameters = []
+    offset = 0
+    mine = {}
+    for name, stacked in expert_parameters(module).items():
+        origin = origins.get(f"{path}.{name}")
+        parameter = ExpertParameter(name=name, shape=tuple(stacked.shape[1:]), dtype=dtype, slot_offset=offset)
+        _check_origin(origin, f"{path}.{name}", parameter, int(module.num_experts))
+        assert origin is not None
+        mine[name] = origin
+        parameters.append(parameter)
+        offset = aligned(offset + parameter.nbytes)
+    block = re.search(r"\.(\d+)\.", f"{path}.")
+    return MoeLayer(
+        path=path,
+        block=int(block[1]) if block else 0,
+        num_experts=int(module.num_experts),
+        parameters=tuple(parameters),
+        origins=mine,
+    )
+
+
+def _check_origin(origin: CheckpointOrigin | None, full_name: str, parameter: ExpertParameter, num_experts: int) -> None:
+    if origin is None:
+        raise CheckpointCorruptError(
+            message("The checkpoint holds no weights for an expert parameter.", where=full_name, step="Download it again.")
+        )
+    converter = origin.converter
+    for op in converter.operations if converter is not None else ():
+        if not isinstance(op, _SLICEABLE):
+            raise UnsupportedFamilyError(
+                message(
+                    "The experts of this family cannot be cut out of the checkpoint one by one.",
+                    where=full_name,
+                    got=f"the conversion {type(op).__name__}",
+                    allowed=", ".join(kind.__name__ for kind in _SLICEABLE),
+                )
+            )
+    merges = origin.merges()
+    for pattern, refs in origin.refs.items():
+        count = len(refs) if merges else refs[0].shape[0] if refs[0].shape else 0
+        if count != num_experts or (not merges and len(refs) != 1):
+            raise CheckpointCorruptError(
+                message(
+                    "The checkpoint does not hold every expert exactly once.",
+                    where=f"{full_name} from {pattern or 'one fused tensor'}",
+                    got=f"{count} experts",
+                    allowed=f"{num_experts} experts",
+                )
+            )
+        for ref in refs:
+            if ref.dtype not in DTYPES:
+                raise CheckpointCorruptError(
+                    message(
+                        "Expert weights of a type that cannot be computed with.",
+                        where=full_name,
+                        got=ref.dtype,
+                        allowed=", ".join(DTYPES),
+                    )
+                )
+        odd = next((ref for ref in refs if ref.shape != refs[0].shape), None)
+        if odd is not None:
+            raise CheckpointCorruptError(
+                message(
+                    "Experts of one kind have different shapes.",
+                    where=f"{odd.key} in {odd.file}",
+                    got=list(odd.shape),
+                    allowed=f"{list(refs[0].shape)}, as {refs[0].key}",
+                )
+            )
+    shape = origin.shape()
+    if shape != parameter.shape:
+        raise CheckpointCorruptError(
+            message(
+                "An expert's weights have the wrong shape for this model.",
+                where=full_name,
+                got=" and ".join(str(list(refs[0].shape)) for refs in origin.refs.values()) + " in the checkpoint",
+                allowed=f"what makes {list(parameter.shape)}",
+            )
+        )
+
+
+def _top_k(config: Any) -> int | None:
+    text = config.get_text_config()
+    for name in _TOP_K_NAMES:
+        value = getattr(text, name, None)
+        if isinstance(value, int) and value > 0:
+            return value
+    return None

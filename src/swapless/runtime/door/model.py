@@ -1,0 +1,172 @@
+"""Model classes at the door: build one without its experts, load the rest of it, and answer when its experts are called."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, final
+
+import torch
+import transformers
+from transformers import PreTrainedModel
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from swapless.errors import UnsupportedFamilyError, message
+from swapless.runtime.door.layout import Layout, MoeLayer
+from swapless.runtime.door.match import expert_parameters, is_experts
+from swapless.runtime.door.origin import DTYPES
+from swapless.store.headers import TensorRef
+from swapless.store.tensors import TensorReader
+
+IMPLEMENTATION = "swapless"
+"""Our name in transformers' registry of experts functions."""
+
+_ALL_DTYPES = DTYPES | {
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "U8": torch.uint8,
+    "U16": torch.uint16,
+    "U32": torch.uint32,
+    "U64": torch.uint64,
+    "BOOL": torch.bool,
+}
+
+
+def model_class(config: Any) -> type[PreTrainedModel]:
+    """The transformers class that loads this configuration as a language model.
+
+    Raises
+    ------
+    UnsupportedFamilyError
+        transformers has no such class (remote code only, or no language model).
+    """
+    found = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    candidates: list[Any] = list(found) if isinstance(found, (list, tuple)) else [found] if found else []
+    architectures = list(getattr(config, "architectures", None) or [])
+    for name in architectures:
+        for candidate in candidates:
+            if candidate.__name__ == name:
+                return candidate
+    if candidates:
+        return candidates[0]
+    for name in architectures:
+        cls = getattr(transformers, name, None) or _beside_config(config, name)
+        if isinstance(cls, type) and issubclass(cls, PreTrainedModel):
+            return cls
+    raise UnsupportedFamilyError(
+        message(
+            f"transformers {transformers.__version__} has no language model class for {config.model_type!r}.",
+            got=f"architectures {architectures}",
+            step="Swapless runs models that transformers itself ships, without remote code; a newer transformers may have it.",
+        )
+    )
+
+
+def _beside_config(config: Any, name: str) -> Any:
+    from importlib import import_module
+
+    module = type(config).__module__
+    if "configuration_" not in module:
+        return None
+    try:
+        return getattr(import_module(module.replace("configuration_", "modeling_")), name, None)
+    except ModuleNotFoundError:
+        return None
+
+
+def skeleton(cls: type[PreTrainedModel], config: Any) -> PreTrainedModel:
+    """The whole model on the meta device: shapes and names, no memory."""
+    with torch.device("meta"):
+        return cls(config)
+
+
+def reference_experts(module: torch.nn.Module, layer: MoeLayer, experts: Sequence[int], dtype: torch.dtype) -> torch.nn.Module:
+    """A copy of an experts module that holds ``experts`` alone and runs as transformers' eager does.
+
+    Ids of its input count places in ``experts``. Nothing of our read path is used: it is what ours is held against.
+    """
+    reference: Any = copy.copy(module)
+    reference._parameters = dict(module._parameters)
+    for name, origin in layer.origins.items():
+        reference._parameters[name] = torch.nn.Parameter(origin.reference(experts, dtype), requires_grad=False)
+    reference.config = copy.copy(module.config)
+    reference.config._experts_implementation = "eager"
+    reference.num_experts = len(experts)
+    return reference
+
+
+@final
+class _LazyTensor:
+    """What transformers takes for an open safetensors slice: read when it is indexed with ``[...]``."""
+
+    def __init__(self, ref: TensorRef, reader: TensorReader) -> None:
+        self._ref = ref
+        self._reader = reader
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        flat = torch.from_numpy(self._reader.read(self._ref)).view(_ALL_DTYPES[self._ref.dtype])
+        return flat.view(self._ref.shape)[index]
+
+
+def load_non_experts(
+    cls: type[PreTrainedModel],
+    config: Any,
+    layout: Layout,
+    refs: Mapping[str, TensorRef],
+    reader: TensorReader,
+    attn_implementation: str | None,
+) -> tuple[PreTrainedModel, list[str]]:
+    """Build ``cls`` (whose experts are stripped) with all its other weights, read by us and placed by transformers.
+
+    Returns the model and the names of weights that the checkpoint lacks or has in a wrong shape.
+    """
+    lazy = {key: _LazyTensor(ref, reader) for key, ref in refs.items() if key not in layout.expert_keys}
+    loaded: Any = cls.from_pretrained(
+        None,
+        config=config,
+        state_dict=lazy,
+        dtype=layout.dtype,
+        experts_implementation=IMPLEMENTATION,
+        attn_implementation=attn_implementation,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # else an error that names no weight; the caller refuses them by name
+    )
+    model, info = loaded  # a pair, since the loading info was asked for
+    return model, [*sorted(info["missing_keys"]), *sorted(map(str, info.get("mismatched_keys", ())))]
+
+
+def strip_experts(model: PreTrainedModel) -> None:
+    """Take the expert parameters out of a model that is being built, so that nobody allocates or loads them."""
+    for module in model.modules():
+        if is_experts(module):
+            for name in list(expert_parameters(module)):
+                module._parameters[name] = None
+            module._is_hf_initialized = True  # type: ignore[assignment]  # else weight initialisation would touch the parameters that are gone
+
+
+def experts_of(model: PreTrainedModel) -> Iterator[tuple[str, torch.nn.Module]]:
+    """The experts modules of a loaded model in forward order, with their paths."""
+    return ((path, module) for path, module in model.named_modules() if is_experts(module))
+
+
+def _experts_forward(
+    self: torch.nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    engine = getattr(self, "swapless_engine", None)
+    if engine is None:
+        raise UnsupportedFamilyError(
+            message(
+                "An experts module was asked to run by swapless but belongs to no loaded model.",
+                step="Load the model with swapless.load, not with experts_implementation='swapless'.",
+            )
+        )
+    return engine.forward(self, hidden_states, top_k_index, top_k_weights)
+
+
+ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, _experts_forward)

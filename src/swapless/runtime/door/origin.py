@@ -1,0 +1,141 @@
+"""From checkpoint tensors to one expert, by transformers' declarative conversions applied to a stack of one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from transformers import PreTrainedModel
+from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
+
+from swapless.runtime.door.layout import ExpertParameter
+from swapless.store.checkpoint import Extent, ParameterSource
+from swapless.store.headers import TensorRef
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""Types that experts may be stored in."""
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointOrigin:
+    """How transformers makes one stacked expert parameter of one MoE layer out of checkpoint tensors."""
+
+    full_name: str
+    skeleton: PreTrainedModel
+    converter: WeightConverter | None
+    refs: dict[str | None, list[TensorRef]] = field(default_factory=dict)
+
+    def merges(self) -> bool:
+        """Whether the checkpoint holds a tensor an expert (and not one for all)."""
+        return self.converter is not None and any(isinstance(op, MergeModulelist) for op in self.converter.operations)
+
+    def source(self, parameter: ExpertParameter, expert: int) -> ParameterSource:
+        merges = self.merges()
+        patterns = list(self.refs) if self.converter is None else [p for p in self.converter.source_patterns if p in self.refs]
+        extents: list[Extent] = []
+        shapes: list[tuple[int, ...]] = []
+        types: list[torch.dtype] = []
+        for pattern in patterns:
+            refs = self.refs[pattern]
+            ref = refs[expert] if merges else refs[0]
+            nbytes = ref.nbytes if merges else ref.nbytes // ref.shape[0]
+            extents.append(Extent(ref.file, ref.offset + (0 if merges else expert * nbytes), nbytes))
+            shapes.append(ref.shape if merges else ref.shape[1:])
+            types.append(DTYPES[ref.dtype])
+        convert = None
+        if not self._plain() or any(dtype != parameter.dtype for dtype in types):
+            convert = self._conversion(parameter, patterns, shapes, types, merges)
+        return ParameterSource(tuple(extents), parameter.slot_offset, parameter.nbytes, convert)
+
+    def reference(self, experts: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """The stacked parameter of ``experts``, read by safetensors and built by transformers alone."""
+        merges = self.merges()
+        collected: Any = {}
+        for pattern, refs in self.refs.items():
+            if merges:
+                collected[pattern] = [_read_reference(refs[expert]) for expert in experts]
+            else:
+                collected[pattern] = [torch.stack([_read_reference(refs[0], expert) for expert in experts])]
+        if self.converter is None:
+            stacked = next(iter(collected.values()))[0]
+        else:
+            stacked = self._convert(self.converter, collected, len(experts))
+        return stacked.to(dtype).clone(memory_format=torch.contiguous_format)
+
+    def _convert(self, converter: WeightConverter, collected: Any, experts: int) -> torch.Tensor:
+        for op in converter.operations:  # transformers' own operations, on a stack of a few experts
+            collected = op.convert(
+                collected,
+                source_patterns=converter.source_patterns,
+                target_patterns=converter.target_patterns,
+                full_layer_name=self.full_name,
+                model=_FewExperts(self.skeleton, experts),
+                config=self.skeleton.config,
+                missing_keys=None,
+            )
+        result = next(iter(collected.values()))
+        return result[0] if isinstance(result, list) else result
+
+    def shape(self) -> tuple[int, ...] | None:
+        """Shape that transformers makes of one expert, found by its own operations on no data; None where they fail."""
+        merges = self.merges()
+        if self.converter is None:
+            return next(iter(self.refs.values()))[0].shape[1:]
+        stacks = {
+            pattern: [torch.empty(refs[0].shape if merges else (1, *refs[0].shape[1:]), device="meta")]
+            for pattern, refs in self.refs.items()
+        }
+        try:
+            return tuple(self._convert(self.converter, stacks, 1).shape[1:])
+        except (RuntimeError, ValueError, IndexError):
+            return None
+
+    def _plain(self) -> bool:
+        # Merging experts and concatenating along the first axis of each leave every source tensor's bytes in one piece.
+        if self.converter is None:
+            return True
+        return all(
+            (isinstance(op, MergeModulelist) and op.dim == 0) or (isinstance(op, Concatenate) and op.dim == 1)
+            for op in self.converter.operations
+        )
+
+    def _conversion(
+        self,
+        parameter: ExpertParameter,
+        patterns: Sequence[str | None],
+        shapes: Sequence[tuple[int, ...]],
+        types: Sequence[torch.dtype],
+        merges: bool,
+    ) -> Callable[[list[np.ndarray], np.ndarray], None]:
+        def convert(parts: list[np.ndarray], out: np.ndarray) -> None:
+            tensors = [
+                torch.from_numpy(part).view(dtype).view(shape) for part, dtype, shape in zip(parts, types, shapes, strict=True)
+            ]
+            if self.converter is None:
+                result = tensors[0][None]
+            else:
+                stacks = {p: [t if merges else t[None]] for p, t in zip(patterns, tensors, strict=True)}
+                result = self._convert(self.converter, stacks, 1)
+            torch.from_numpy(out).view(parameter.dtype).view(1, *parameter.shape).copy_(result)
+
+        return convert
+
+
+class _FewExperts:
+    """Answers the shape questions of conversion operations as if the model had only so many experts."""
+
+    def __init__(self, skeleton: PreTrainedModel, experts: int) -> None:
+        self._skeleton = skeleton
+        self._experts = experts
+
+    def get_parameter(self, name: str) -> torch.Tensor:
+        return torch.empty((self._experts, *self._skeleton.get_parameter(name).shape[1:]), device="meta")
+
+
+def _read_reference(ref: TensorRef, expert: int | None = None) -> torch.Tensor:
+    with safe_open(ref.file, framework="pt") as file:
+        return file.get_tensor(ref.key) if expert is None else file.get_slice(ref.key)[expert]
