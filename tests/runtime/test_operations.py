@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+import swapless
 from swapless.errors import ContextError, UnsupportedOperationError
 
 
-@pytest.fixture
-def model(olmoe: Path, load: Any) -> Any:
-    return load(olmoe)
+@pytest.fixture(scope="module")
+def model(olmoe: Path) -> Iterator[Any]:
+    """One model for all: a refused operation must leave it as it was."""
+    with swapless.load(olmoe, resident=0.25, context=64) as loaded:
+        yield loaded
 
 
 REFUSED = {
