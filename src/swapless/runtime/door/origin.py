@@ -34,6 +34,7 @@ class CheckpointOrigin:
         return self.converter is not None and any(isinstance(op, MergeModulelist) for op in self.converter.operations)
 
     def source(self, parameter: ExpertParameter, expert: int) -> ParameterSource:
+        """Where the bytes of one expert are, and how they become the parameter."""
         merges = self.merges()
         patterns = list(self.refs) if self.converter is None else [p for p in self.converter.source_patterns if p in self.refs]
         extents: list[Extent] = []
