@@ -22,6 +22,8 @@ def _source_hash() -> str:
     return digest.hexdigest()[:16]
 
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # the workers share the cores already
 os.environ["NUMBA_CACHE_DIR"] = str(ROOT / "out" / "numba" / _source_hash())
 
 
