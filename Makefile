@@ -9,7 +9,7 @@ DATA ?= ../shared/data
 INSTALL := PIP_CONSTRAINT=constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-data test-all lint format types docs goldens bench clean
+.PHONY: help setup demo test test-slow test-data test-all lint format types docs bench clean
 
 help: ## Show this list.
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -43,9 +43,6 @@ types: $(VENV)/.ready ## Check the types.
 
 docs: $(VENV)/.ready ## Write docs/cli.md anew from the command line itself.
 	$(BIN)/python -m typer swapless.cli.main utils docs --name swapless --output docs/cli.md
-
-goldens: $(VENV)/.ready ## Print the golden figures of the tests as source, to paste.
-	$(BIN)/python -m pytest -s -m "golden or not golden" -k golden --goldens
 
 bench: $(VENV)/.ready ## Run the benchmarks; results go to benchmarks/results/.
 	$(BIN)/python -m benchmarks
