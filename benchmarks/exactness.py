@@ -10,7 +10,8 @@ on one OLMoE of more usual sizes (``olmoe, wide``), since products as small as t
 
 A row holds, for each contestant, the largest absolute difference of logits in prefill and in the greedy decode steps up to
 and including the first in which a sequence takes another token, and whether all tokens agree. Zero means every bit. Each row
-also holds swapless against eager where both have two threads. Logits of these models have a standard deviation of ``logit_std``. Nothing here is timed, so there are no repeats: a second run gives
+also holds swapless against eager where both have two threads. Logits of these models have a standard deviation of
+``logit_std``. Nothing here is timed, so there are no repeats: a second run gives
 the same figures, which ``deterministic`` checks on the reference.
 """
 
