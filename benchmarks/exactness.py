@@ -8,11 +8,11 @@ its default implementation (grouped_mm where it is supported) multiplies in anot
 into other pieces. This measures how much, on tiny random models of every family that the tests find, in bf16 and float32, and
 on one OLMoE of more usual sizes (``olmoe, wide``), since products as small as the tiny ones are hardly ever cut.
 
-A row holds, for each contestant, the largest absolute difference of logits in prefill and in the greedy decode steps up to
-and including the first in which a sequence takes another token, and whether all tokens agree. Zero means every bit. Each row
-also holds swapless against eager where both have two threads. Logits of these models have a standard deviation of
-``logit_std``. Nothing here is timed, so there are no repeats: a second run gives
-the same figures, which ``deterministic`` checks on the reference.
+A row holds, for each contestant, the largest absolute difference of logits in prefill and in the greedy decode steps up to and
+including the first in which a sequence takes another token, and whether all tokens agree; and the same of swapless against
+eager where both have two threads. Zero means every bit. Logits of these models have a standard deviation of ``logit_std``.
+Nothing here is timed, so there are no repeats: a second run gives the same figures, which ``deterministic`` checks on the
+reference.
 """
 
 from __future__ import annotations
