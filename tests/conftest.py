@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,12 @@ def _source_hash() -> str:
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # the workers share the cores already
 os.environ["NUMBA_CACHE_DIR"] = str(ROOT / "out" / "numba" / _source_hash())
+
+
+def pytest_configure() -> None:
+    # A job begun in the background inherits "ignore Ctrl-C", for itself and all it starts; the tests of Ctrl-C need it.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
