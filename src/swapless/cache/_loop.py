@@ -31,7 +31,6 @@ class Buffers(NamedTuple):
     tokens: np.ndarray
     slot: np.ndarray
     wave: np.ndarray
-    evicted: np.ndarray
     counts: np.ndarray
     hit: np.ndarray
     ids: np.ndarray
@@ -44,9 +43,9 @@ def new_tally(calls: int, num_moe_layers: int) -> Tally:
 
 def new_buffers(num_experts: int, largest_call_ids: int) -> Buffers:
     """Room for one demand set."""
-    experts, tokens, slot, wave, evicted, counts = (np.empty(num_experts, np.int32) for _ in range(6))
+    experts, tokens, slot, wave, counts = (np.empty(num_experts, np.int32) for _ in range(5))
     hit, ids = np.empty(num_experts, np.uint8), np.empty(largest_call_ids, np.int16)
-    return Buffers(experts, tokens, slot, wave, evicted, counts, hit, ids)
+    return Buffers(experts, tokens, slot, wave, counts, hit, ids)
 
 
 @compiled
@@ -105,11 +104,12 @@ def replay_calls(
                 arrange(state, residency, moe_layer * num_experts, experts)
                 # A token is one demand set of its layer, also where its requests come one at a time.
                 residency.demand_sets[moe_layer] -= first > 0
-                serve(state, residency, moe_layer, num_experts, experts, int(phase[c]), b.hit, b.slot, b.wave, b.evicted)
-                for i in range(end - first):
-                    hits += b.hit[i]
-                    evictions += b.evicted[i] >= 0
-                    streamed += b.slot[i] < 0
+                _, hit, evicted, dropped = serve(
+                    state, residency, moe_layer, num_experts, experts, np.int64(phase[c]), b.hit, b.slot, b.wave
+                )
+                hits += hit
+                evictions += evicted
+                streamed += dropped
             tally.requests[c, moe_layer] = n
             tally.hits[c, moe_layer] = hits
             tally.evictions[c, moe_layer] = evictions

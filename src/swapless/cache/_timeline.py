@@ -149,7 +149,7 @@ def timeline_calls(
                     on_scores(state, residency, moe_layer, scores[i - starts[first_call], moe_layer])
             n = gather(ids, moe_layer, rows, starts[c], starts[c + 1], num_experts, b)
             experts = b.experts[:n]
-            serve(state, residency, moe_layer, num_experts, experts, int(phase[c]), b.hit, b.slot, b.wave, b.evicted)
+            serve(state, residency, moe_layer, num_experts, experts, np.int64(phase[c]), b.hit, b.slot, b.wave)
             base = moe_layer * num_experts
             misses = 0
             hits = 0

@@ -16,8 +16,9 @@ class Residency(NamedTuple):
 
     ``slot_of_key`` int32 (L*E,), -1 = not resident. ``key_of_slot`` int32 (slots,), -1 = free. ``pool_of_layer`` int32 (L,).
     ``free_slots`` holds each pool's free slots as a stack that begins at ``pool_start[p]`` with ``free_count[p]`` entries.
-    ``pinned`` int64 (slots,): the clock of the demand set that must not lose the slot. ``used_in_decode`` uint8 (slots,):
-    whether decode has asked for the slot's expert; prefill never evicts such a one. ``clock`` int64 (1,).
+    ``pinned`` int64 (slots + 1,): the clock of the demand set that must not lose the slot; ``used_in_decode`` uint8
+    (slots + 1,): whether decode has asked for the slot's expert; prefill never evicts such a one. The last place of both is
+    for misses. ``clock`` int64 (1,).
     ``demand_sets`` int64 (L,): demand sets served a MoE layer, which in decode are its tokens. ``held`` int32 (L,): slots each
     MoE layer holds; ``floor`` int32 (1,): a layer that holds no more than this loses nothing to another; ``asking`` int64 (1,):
     the MoE layer being served. ``layer_of_key`` int32 (L*E,) saves a division.
@@ -58,8 +59,8 @@ def empty_residency(
         pool_start=start,
         free_slots=free,
         free_count=np.asarray(pool_slots, np.int32).copy(),
-        pinned=np.full(slots, -1, np.int64),
-        used_in_decode=np.zeros(slots, np.uint8),
+        pinned=np.full(slots + 1, -1, np.int64),
+        used_in_decode=np.zeros(slots + 1, np.uint8),
         clock=np.zeros(1, np.int64),
         demand_sets=np.zeros(num_moe_layers, np.int64),
         held=np.zeros(num_moe_layers, np.int32),

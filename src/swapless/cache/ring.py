@@ -1,7 +1,8 @@
 """Linked rings of keys: lists from which a key is taken, and to which one is added, in constant time.
 
 ``before`` and ``after`` hold the neighbours of keys and heads. ``after[head]`` is the newest key of a list, ``before[head]``
-the oldest; a key in no list points to itself. A key is in one list at most.
+the oldest; a key in no list points to itself. A key is in one list at most. Unsigned, because compiled code then need not ask
+at every index whether it counts from the end.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from swapless.cache.compiled import compiled
 
 def empty_ring(keys: int, heads: int) -> np.ndarray:
     """``before`` or ``after`` of ``heads`` empty lists; the heads follow the keys."""
-    return np.arange(keys + heads, dtype=np.int32)
+    return np.arange(keys + heads, dtype=np.uint32)
 
 
 @compiled

@@ -63,12 +63,11 @@ def serve(
     hit: Any,
     slot: Any,
     wave: Any,
-    evicted: Any,
-) -> int:
+) -> tuple[int, int, int, int]:
     """Serve the distinct ``experts`` of one demand set: all are judged first, then touched in the order given.
 
-    Writes for each whether it ``hit`` (uint8), its ``slot`` (int32, -1 = streamed), its ``wave`` (int32) and the key it
-    ``evicted`` (int32, -1 = none); returns the number of waves. State and residency change.
+    Writes for each whether it ``hit`` (uint8), its ``slot`` (int32, -1 = streamed) and its ``wave`` (int32); returns the
+    numbers of waves, hits, evictions and streamed misses. State and residency change.
     """
     pool = residency.pool_of_layer[moe_layer]
     first, end = residency.pool_start[pool], residency.pool_start[pool + 1]
@@ -78,15 +77,17 @@ def serve(
     clock = residency.clock[0]
     base = moe_layer * num_experts
     n = len(experts)
+    hits = evictions = streamed = 0
+    decode = np.uint8(phase != _PREFILL)
     on_demand(state, residency, moe_layer, experts, phase)
     for i in range(n):
         s = residency.slot_of_key[base + experts[i]]
         hit[i] = s >= 0
         slot[i] = s
-        if s >= 0:
-            residency.pinned[s] = clock
-            if phase != _PREFILL:
-                residency.used_in_decode[s] = 1
+        hits += s >= 0
+        # For a miss (-1) this writes to the place behind the last slot: no branch, so none to be mispredicted.
+        residency.pinned[s] = clock
+        residency.used_in_decode[s] |= decode
     if phase == _PREFILL:
         for s in range(first, end):
             if residency.used_in_decode[s]:
@@ -95,7 +96,6 @@ def serve(
     for i in range(n):
         key = base + experts[i]
         wave[i] = 0
-        evicted[i] = -1
         # In a later wave an expert that hit may already have gone again: its slot was used in the first wave.
         resident = hit[i] != 0 and (waves == 1 or residency.slot_of_key[key] >= 0)
         on_access(state, residency, pool, key, resident, clock, phase)
@@ -116,7 +116,7 @@ def serve(
                 old = residency.key_of_slot[s]
                 residency.slot_of_key[old] = -1
                 residency.held[residency.layer_of_key[old]] -= 1
-                evicted[i] = old
+                evictions += 1
                 on_evict(state, residency, pool, old, clock)
         wave[i] = waves - 1
         slot[i] = s
@@ -125,9 +125,11 @@ def serve(
             residency.key_of_slot[s] = key
             residency.held[moe_layer] += 1
             residency.pinned[s] = clock
-            residency.used_in_decode[s] = phase != _PREFILL
+            residency.used_in_decode[s] = decode
             on_insert(state, residency, pool, key, clock, phase)
-    return waves
+        else:
+            streamed += 1
+    return waves, hits, evictions, streamed
 
 
 class Served(NamedTuple):
@@ -166,7 +168,7 @@ class ExpertCache:
         self.num_experts = num_experts
         self.pool_of_layer = pool_of_layer
         self.pool_slots = pool_slots
-        self._buffers = [np.empty(num_experts, np.int32) for _ in range(6)]
+        self._buffers = [np.empty(num_experts, np.int32) for _ in range(5)]
         self._hit = np.empty(num_experts, np.uint8)
         self.reset()
 
@@ -187,11 +189,11 @@ class ExpertCache:
         if scores is not None:
             for row in scores:
                 _scored(self._state, self.residency, moe_layer, row)
-        distinct, tokens, slot, wave, evicted, count = self._buffers
+        distinct, tokens, slot, wave, count = self._buffers
         n = demand_order(ids.reshape(-1), self.num_experts, distinct, tokens, count)
         experts = distinct[:n]
-        waves = serve(
-            self._state, self.residency, moe_layer, self.num_experts, experts, int(phase), self._hit, slot, wave, evicted
+        waves, _, _, _ = serve(
+            self._state, self.residency, moe_layer, self.num_experts, experts, int(phase), self._hit, slot, wave
         )
         return Served(experts, tokens[:n], self._hit[:n], slot[:n], wave[:n], waves)
 
