@@ -26,7 +26,7 @@ test-slow: $(VENV)/.ready ## The slow ones: family sweep, memory cgroup, wheel, 
 	$(BIN)/python -m pytest -m "slow and not data"
 
 test-data: $(VENV)/.ready ## The checks on the handed traces and texts: make test-data DATA=DIR.
-	$(BIN)/python -m pytest -m data --data "$(DATA)"
+	$(BIN)/python -m pytest -m data --data="$(DATA)"
 
 test-all: test test-slow test-data ## All of them.
 
