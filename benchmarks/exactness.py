@@ -1,6 +1,6 @@
 """How far the last bits lie apart: swapless and transformers' other ways to run experts, against eager at one thread.
 
-    python benchmarks/exactness.py            # every family, about five minutes on two cores
+    python benchmarks/exactness.py            # every family, ten minutes of processor time
     python benchmarks/exactness.py --families olmoe gpt_oss --no-store
 
 Swapless promises the bits of ``experts_implementation="eager"`` at one thread. transformers itself does not agree with them:
