@@ -7,7 +7,8 @@ random order into a page-aligned buffer, with 1, 2 and 4 threads; the best of th
 of ranges through its loader threads, bounce buffer and copy into the slot, as the engine does: ``streamed`` keeps one
 block's worst demand (top-k reads) in flight all the time, ``bursts`` waits for the last of them before it asks for the
 next. Every variant of a round reads its own experts, drawn anew each round, in an order that rotates, so that no cache
-below the file system answers for the disk more often to one than to another.
+below the file system answers for the disk more often to one than to another. A shared disk's bandwidth may double or halve
+within seconds, so a round is cut into turns of a tenth of a second or so and the variants take turns.
 """
 
 from __future__ import annotations
@@ -37,10 +38,11 @@ from swapless.store.read import FileReader, aligned_buffer
 
 ALIGN_BYTES = 4096
 BARE_THREADS = (1, 2, 4)
+EXPERTS_A_TURN = 16
 
 
 def bare_loop(extents: Sequence[Extent], threads: int) -> float:
-    """Bytes a second of direct reads of ``extents``, dealt out to ``threads`` threads."""
+    """Seconds that direct reads of ``extents`` take, dealt out to ``threads`` threads."""
     descriptors = {path: os.open(path, os.O_RDONLY | os.O_DIRECT) for path in {extent.file for extent in extents}}
     largest = max(extent.nbytes for extent in extents) + 2 * ALIGN_BYTES
     buffers = [mmap.mmap(-1, -(-largest // ALIGN_BYTES) * ALIGN_BYTES) for _ in range(threads)]
@@ -70,7 +72,7 @@ def bare_loop(extents: Sequence[Extent], threads: int) -> float:
     seconds = time.perf_counter() - started
     for descriptor in descriptors.values():
         os.close(descriptor)
-    return sum(extent.nbytes for extent in extents) / seconds
+    return seconds
 
 
 class OurReadPath:
@@ -92,8 +94,7 @@ class OurReadPath:
         )
 
     def run(self, experts: Sequence[tuple[int, int]], *, bursts: bool) -> float:
-        """Bytes a second through loader threads into slots."""
-        fetched = 0
+        """Seconds that the experts take through loader threads into slots."""
         waiting = list(reversed(experts))
         started = time.perf_counter()
         while waiting:
@@ -103,10 +104,9 @@ class OurReadPath:
                 read = self.loader.next()
                 if read.error is not None:
                     raise read.error
-                fetched += read.nbytes
                 if waiting and not bursts:
                     self.loader.submit(*waiting.pop(), read.slot)
-        return fetched / (time.perf_counter() - started)
+        return time.perf_counter() - started
 
     def close(self) -> None:
         """End the threads and close the files."""
@@ -135,15 +135,19 @@ def measure(folder: Path, *, rounds: int = 5, seed: int = 0) -> dict[str, Any]:
     seen: dict[str, list[float]] = {name: [] for name in names}
     for round_ in range(rounds):
         drawn = [ours.experts[i] for i in rng.permutation(len(ours.experts))]
-        share = len(drawn) // len(names)
-        order = names[round_ % len(names) :] + names[: round_ % len(names)]
-        for position, name in enumerate(order):
-            experts = drawn[position * share : (position + 1) * share]
-            if name.startswith("bare_"):
+        nbytes, seconds = dict.fromkeys(names, 0), dict.fromkeys(names, 0.0)
+        for turn in range(max(1, len(drawn) // (len(names) * EXPERTS_A_TURN))):
+            first = (round_ + turn) % len(names)
+            for name in names[first:] + names[:first]:
+                experts, drawn = drawn[:EXPERTS_A_TURN], drawn[EXPERTS_A_TURN:]
                 extents = [extent for expert in experts for extent in ours.store.extents(*expert)]
-                seen[name].append(bare_loop(extents, int(name.removeprefix("bare_"))))
-            else:
-                seen[name].append(ours.run(experts, bursts=name == "bursts"))
+                nbytes[name] += sum(extent.nbytes for extent in extents)
+                if name.startswith("bare_"):
+                    seconds[name] += bare_loop(extents, int(name.removeprefix("bare_")))
+                else:
+                    seconds[name] += ours.run(experts, bursts=name == "bursts")
+        for name in names:
+            seen[name].append(nbytes[name] / seconds[name])
     sizes = sorted({extent.nbytes for expert in ours.experts for extent in ours.store.extents(*expert)})
     result = {
         "rounds": rounds,

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from swapless.errors import CheckpointMissingError, ReadError
-from swapless.store.read import BLOCK_BYTES, FileReader, aligned_buffer, drop_page_cache
+from swapless.store.read import BLOCK_BYTES, FileReader, aligned_buffer
 
 SIZE = 5 * BLOCK_BYTES + 777
 TMPFS = Path("/dev/shm")
@@ -163,8 +163,3 @@ def test_tmpfs_is_read_buffered_or_direct_but_right(content: bytes) -> None:
         reader.close()
     finally:
         path.unlink()
-
-
-def test_dropping_the_page_cache_leaves_the_file_as_it_is(file: Path, content: bytes) -> None:
-    drop_page_cache([file])
-    assert file.read_bytes() == content

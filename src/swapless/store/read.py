@@ -170,13 +170,3 @@ def _reopen_buffered(path: Path, opened: _Open) -> _Open:
 def _drop_pages(fd: int, start: int, nbytes: int) -> None:
     if hasattr(os, "posix_fadvise"):
         os.posix_fadvise(fd, start, nbytes, os.POSIX_FADV_DONTNEED)
-
-
-def drop_page_cache(files: Iterable[Path]) -> None:
-    """Ask the kernel to forget the cached pages of ``files``, which other reads of the checkpoint have left behind."""
-    for path in files:
-        fd = os.open(path, os.O_RDONLY)
-        try:
-            _drop_pages(fd, 0, 0)
-        finally:
-            os.close(fd)
