@@ -98,6 +98,17 @@ def samples(results: dict[str, Any], domains: tuple[str, ...]) -> str:
     return "\n".join(lines)
 
 
+def commands(stages: list[dict[str, Any]]) -> str:
+    """The training commands, a line a stage: each goes on from the checkpoint of the one before."""
+    lines = []
+    for number, stage in enumerate(stages):
+        budget = f"--minutes {stage['minutes']:g}" if stage["minutes"] else f"--steps {stage['steps']}"
+        boost = "".join(f" --boost {domain}={factor:g}" for domain, factor in stage["domain_boost"].items())
+        again = " --new-stage" if number else ""
+        lines.append(f"    python -m training.train_embedded --corpus domains.parquet {budget}{again}{boost}")
+    return "\n".join(lines)
+
+
 def off_domain(accuracy: dict[str, float]) -> str:
     """One sentence on the domains that the model leaves too often, against the bar that it was meant to meet."""
     below = [f"{domain} ({share:.1f})" for domain, share in accuracy.items() if share < CONTINUATION_BAR]
@@ -165,7 +176,7 @@ CDLA-Sharing-1.0. The code of the project has its own licence.
 
 ## Recipe
 
-    python -m training.train_embedded --corpus domains.parquet --minutes 46
+{commands(training["stages"])}
     python -m training.evaluate_embedded --corpus domains.parquet
     python -m training.card --corpus domains.parquet
 
@@ -202,8 +213,9 @@ CDLA-Sharing-1.0. The code of the project has its own licence.
         )
     }
 
-With `--minutes` the learning rate follows the clock, so that another run gives other bits; with `--steps` a run can be repeated
-bit for bit on one machine.
+`--minutes` counts from the very beginning: a later stage goes on where the earlier one ended, with the weights of domains that
+strayed raised by `--boost`. With `--minutes` the learning rate follows the clock, so that another run gives other bits; with
+`--steps` a run can be repeated bit for bit on one machine.
 
 ## Measures
 

@@ -14,10 +14,10 @@ from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.svm import LinearSVC
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-PROMPT_TOKENS = 40
+PROMPT_TOKENS = 128
 CONTINUATION_TOKENS = 200
 CONTINUATIONS_PER_DOMAIN = 10
-TRAINING_PASSAGES_PER_DOMAIN = 250
+TRAINING_PASSAGES_PER_DOMAIN = 800
 REAL_PASSAGES_PER_DOMAIN = 30
 
 
@@ -37,7 +37,7 @@ def train_classifier(passages: dict[str, list[str]]) -> Pipeline:
 
 
 def held_out_prompts(stream: np.ndarray, eos: int) -> list[list[int]]:
-    """The first 40 tokens of ten held-out documents; with fewer long enough, documents come round again."""
+    """The first ``PROMPT_TOKENS`` of ten held-out documents; with fewer long enough, documents come round again."""
     ends = np.flatnonzero(stream == eos)
     starts = [0, *(ends[:-1] + 1)]
     prompts = [

@@ -107,9 +107,10 @@ def measure_routing(routing: dict[str, list[np.ndarray]], num_experts: int, seed
 
 
 def training_summary(log: Path) -> dict[str, Any]:
-    """Last line of the training log: what the run had done when it ended."""
-    last = json.loads(log.read_text().splitlines()[-1])
-    return {key: last[key] for key in ("step", "tokens", "elapsed_s", "loss", "balance")}
+    """Last line of the training log, which says what the run had done when it ended, and the stages that led there."""
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    stages = [line["stage"] for line in lines if "stage" in line]
+    return {key: lines[-1][key] for key in ("step", "tokens", "elapsed_s", "loss", "balance")} | {"stages": stages}
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:

@@ -270,6 +270,9 @@ def main() -> None:
 
     saved_at = time.monotonic()
     with (args.run / "log.jsonl").open("a") as log:
+        if trainer.step_count == 0 or args.new_stage:
+            stage = {"from_step": trainer.step_count, "minutes": args.minutes, "steps": args.steps, "domain_boost": boost}
+            print(json.dumps({"stage": stage}), file=log, flush=True)
         while trainer.progress < 1:
             figures: dict[str, Any] = trainer.step()
             show_progress(trainer, figures)
