@@ -82,7 +82,9 @@ def srp_rows(results: Iterable[Any], chance: Iterable[Any]) -> list[Row]:
     return rows
 
 
-def capacity_rows(measure: str, curves: Any, chance: Any | None, marks: Sequence[int]) -> list[Row]:
+def capacity_rows(
+    measure: str, curves: Any, chance: Any | None, marks: Sequence[int], *, replicates: int = 0, seed: int = 0
+) -> list[Row]:
     """Rows of every capacity: each MoE layer and their mean, or the pool; with intervals and domains at the marks."""
     rows: list[Row] = []
     rest = {"variant": curves.variant, "segment_tokens": curves.segment_tokens}
@@ -92,7 +94,7 @@ def capacity_rows(measure: str, curves: Any, chance: Any | None, marks: Sequence
             continue
         rates = curves.rate(cold)
         expected = np.full(rates.shape[1], np.nan) if chance is None else mean_of_layers(chance.rate(cold))
-        ends = mark_intervals(curves, 0 if cold == "free" else 1)
+        ends = mark_intervals(curves, 0 if cold == "free" else 1, replicates=replicates, seed=seed)
         mean = mean_of_layers(rates)
         groups: list[tuple[str, int | None, np.ndarray]] = []
         if curves.level == "moe_layer":
@@ -120,10 +122,13 @@ def mean_of_layers(rates: np.ndarray) -> np.ndarray:
     return np.divide(np.where(fine, rates, 0).sum(axis=0), count, out=np.full(rates.shape[1], np.nan), where=count > 0)
 
 
-def mark_intervals(curves: Any, convention: int, *, replicates: int = 400, seed: int = 0) -> dict[int, tuple[float, float]]:
-    """Reverse-percentile bootstrap over documents of the mean rate at each mark; empty for a single document."""
+def mark_intervals(curves: Any, convention: int, *, replicates: int, seed: int) -> dict[int, tuple[float, float]]:
+    """Reverse-percentile bootstrap over documents of the mean rate at each mark; empty for a single document.
+
+    The documents drawn are those that SRP draws for its intervals.
+    """
     documents = len(curves.document_requests)
-    if documents < 2 or not curves.marks:
+    if documents < 2 or not curves.marks or not replicates:
         return {}
     rng = np.random.default_rng(np.random.SeedSequence([seed, documents]))
     hits = curves.document_hits[:, convention].reshape(documents, -1).astype(np.float64)

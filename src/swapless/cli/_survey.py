@@ -13,7 +13,7 @@ from swapless.cli import _rows as rows_of
 
 if TYPE_CHECKING:
     from swapless.trace import Trace
-    from swapless.trace.capacity import Level
+    from swapless.trace.capacity import Level, Source
 
 FORMAT_VERSION = 1
 CHANCE_TOKENS, CHANCE_POOL_TOKENS, SHUFFLED_TOKENS = 20000, 4096, 50000
@@ -34,7 +34,7 @@ Report = Callable[[str, float], None]
 
 
 def survey(
-    trace: Trace,
+    trace: Source,
     *,
     segments: Sequence[int] = (4, 16, 64, 256),
     ratios: Sequence[float] = (1, 2, 3),
@@ -46,7 +46,7 @@ def survey(
 
     Parameters
     ----------
-    trace : Trace
+    trace : Trace or TraceFile
         What to measure.
     segments : sequence of int
         Segment lengths in tokens.
@@ -61,8 +61,10 @@ def survey(
     from swapless.cache.curves import hit_rate_curves
     from swapless.locality import chance as control
     from swapless.locality.verdict import judge
+    from swapless.trace.summary import summarize
 
-    segments, (experts, top_k, layers) = list(segments), (trace.num_experts, trace.top_k, trace.num_moe_layers)
+    header = trace.header
+    segments, (experts, top_k, layers) = list(segments), (header.num_experts, header.top_k, header.num_moe_layers)
     marks = sorted({min(experts, max(1, round(ratio * top_k))) for ratio in ratios})
     pool_marks = sorted({min(layers * experts, max(1, round(ratio * top_k * layers))) for ratio in ratios})
     rng = np.random.default_rng(np.random.SeedSequence([seed, experts, top_k]))
@@ -70,49 +72,49 @@ def survey(
     rows: list[rows_of.Row] = []
 
     advance = progress.stage("SRP")
+    counted = summarize(trace)
     uniform = [control.uniform_srp(m, experts, top_k) for m in segments]
     srp = locality.srp(trace, segments, replicates=replicates, seed=seed, advance=advance)
     rows += rows_of.srp_rows(srp, uniform)
     rows.append(rows_of.row("srp_floor", "model", control.floor_srp(experts, top_k)))
 
-    lengths = control.document_lengths(trace, CHANCE_TOKENS)
-    random: dict[Level, Trace] = {"moe_layer": control.uniform_trace(trace.header, lengths, rng=rng, num_moe_layers=1)}
-    random["model"] = control.uniform_trace(trace.header, control.document_lengths(trace, CHANCE_POOL_TOKENS), rng=rng)
+    few, fewer = (np.diff(control.first_documents(trace, n).document_offsets) for n in (CHANCE_TOKENS, CHANCE_POOL_TOKENS))
+    random: dict[Level, Trace] = {"moe_layer": control.uniform_trace(header, few, rng=rng, num_moe_layers=1)}
+    random["model"] = control.uniform_trace(header, fewer, rng=rng)
 
     advance = progress.stage("reuse and balance")
     rows += _use_rows(trace, segments, srp, random["moe_layer"], advance)
 
-    mean_curves = {}
+    mean_rates: dict[str, Any] = {}
+    bootstrap = {"replicates": replicates, "seed": seed}
     levels: list[tuple[Level, str, list[int]]] = [("moe_layer", "", marks), ("model", ", one pool", pool_marks)]
     for level, stage, at in levels:
-        measured = []
         advance = progress.stage(f"SCH{stage}")
-        for measure in (locality.sch_static, locality.sch_lookahead):
-            share = 0.1 if measure is locality.sch_static else 0.9
+        for measure, share in ((locality.sch_static, 0.1), (locality.sch_lookahead, 0.9)):
             ours = measure(trace, segments, level=level, marks=at, advance=_part(advance, share))
-            measured += [("sch", a, b) for a, b in zip(ours, measure(random[level], segments, level=level))]
+            for curves, chance in zip(ours, measure(random[level], segments, level=level)):
+                rows += rows_of.capacity_rows("sch", curves, chance, at, **bootstrap)
         advance = progress.stage(f"curves{stage}")
         ours = hit_rate_curves(trace, level=level, marks=at, advance=advance)
-        measured += [("hit_rate", a, b) for a, b in zip(ours, hit_rate_curves(random[level], level=level))]
-        for name, curves, chance in measured:
-            rows += rows_of.capacity_rows(name, curves, chance, at)
-            mean_curves[level, curves.variant] = (curves, chance)
+        for curves, chance in zip(ours, hit_rate_curves(random[level], level=level)):
+            rows += rows_of.capacity_rows("hit_rate", curves, chance, at, **bootstrap)
+            if level == "moe_layer":
+                mean_rates[curves.variant] = [rows_of.mean_of_layers(c.rate("miss")) for c in (curves, chance)]
 
     advance = progress.stage("controls")
     rows += _shuffled_rows(trace, segments, uniform, marks, rng)
-    lru, lru_chance = (rows_of.mean_of_layers(c.rate("miss")) for c in mean_curves["moe_layer", "lru"])
-    belady = rows_of.mean_of_layers(mean_curves["moe_layer", "belady"][0].rate("miss"))
-    verdict = judge(lru, belady, lru_chance, top_k=top_k)
+    lru, lru_chance = mean_rates["lru"]
+    verdict = judge(lru, mean_rates["belady"][0], lru_chance, top_k=top_k)
     progress.done()
     return {
         "format": "swapless.locality",
         "format_version": FORMAT_VERSION,
-        "header": json.loads(trace.header.to_json()),
+        "header": json.loads(header.to_json()),
         "trace": {
-            "tokens": len(trace),
-            "documents": trace.num_documents,
-            "domains": sorted(trace.domains[code] for code in np.unique(trace.domain) if code >= 0),
-            "phases": [label for code, label in enumerate(("prefill", "decode")) if (trace.phase == code).any()],
+            "tokens": counted.num_tokens,
+            "documents": len(counted.lengths),
+            "domains": list(counted.domains),
+            "phases": list(counted.phase_tokens),
         },
         "settings": {
             "segments": segments,
@@ -120,7 +122,7 @@ def survey(
             "replicates": replicates,
             "seed": seed,
             "chance_tokens": {"moe_layer": len(random["moe_layer"]), "model": len(random["model"])},
-            "shuffled_tokens": int(control.document_lengths(trace, SHUFFLED_TOKENS).sum()),
+            "shuffled_tokens": len(control.first_documents(trace, SHUFFLED_TOKENS)),
         },
         "verdict": {**asdict(verdict), "sentence": verdict.sentence(experts)},
         "rows": rows,
@@ -128,14 +130,14 @@ def survey(
 
 
 def _use_rows(
-    trace: Trace, segments: list[int], srp: list[Any], random: Trace, advance: Callable[[float], None]
+    trace: Source, segments: list[int], srp: list[Any], random: Trace, advance: Callable[[float], None]
 ) -> list[rows_of.Row]:
     """Reuse, balance and specialization."""
     from swapless import locality
     from swapless.errors import UsageError
     from swapless.locality import chance as control
 
-    experts, top_k = trace.num_experts, trace.top_k
+    experts, top_k = trace.header.num_experts, trace.header.top_k
     rate = control.uniform_overlap(experts, top_k)
     again = locality.reuse(trace, segments, advance=lambda share: advance(share / 2))
     even = locality.balance(trace, segments, advance=lambda share: advance(share / 2))
@@ -186,16 +188,14 @@ def _use_rows(
 
 
 def _shuffled_rows(
-    trace: Trace, segments: list[int], uniform: list[Any], marks: list[int], rng: np.random.Generator
+    trace: Source, segments: list[int], uniform: list[Any], marks: list[int], rng: np.random.Generator
 ) -> list[rows_of.Row]:
     """SRP and LRU of the same tokens in random order: what imbalance alone gives."""
     from swapless import locality
     from swapless.cache.curves import hit_rate_curves
     from swapless.locality import chance as control
 
-    whole = trace.grouped()
-    front = whole.rows(slice(0, int(control.document_lengths(whole, SHUFFLED_TOKENS).sum())))
-    mixed = control.shuffled_trace(front, rng=rng)
+    mixed = control.shuffled_trace(control.first_documents(trace, SHUFFLED_TOKENS), rng=rng)
     rest: dict[str, Any]
     rows = []
     for result, random in zip(locality.srp(mixed, segments), uniform):

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from swapless.trace import Trace
+    from contextlib import AbstractContextManager
+
+    from swapless.trace import Trace, TraceFile
 
 Documents = Annotated[
     str | None, typer.Option("--documents", metavar="RANGE", help="Only these documents, as 0-998 or 3 or 0-9,20-29.")
@@ -27,7 +29,7 @@ def chosen_trace(
     model_id: str | None = None,
     columns: tuple[str, ...] | None = None,
 ) -> Trace:
-    """Read a trace and keep the rows that the shared options name.
+    """Read a trace as a whole and keep the rows that the shared options name.
 
     Raises
     ------
@@ -38,17 +40,27 @@ def chosen_trace(
     """
     from dataclasses import replace
 
-    from swapless.errors import TraceMismatchError, message
     from swapless.trace import select
-    from swapless.trace.importers import load_trace
+    from swapless.trace.importers import load_trace, named
 
     trace = load_trace(path, model_id=model_id, columns=columns)
-    if model_id is not None and trace.header.model_id not in (None, model_id):
-        what = "The trace is of another model than --model-id says."
-        raise TraceMismatchError(message(what, where=path, got=model_id, allowed=trace.header.model_id))
-    if model_id is not None:
-        trace = replace(trace, header=replace(trace.header, model_id=model_id))
+    trace = replace(trace, header=named(trace.header, model_id, path))
     return select(trace, documents=documents, domain=domain, phase=phase)
+
+
+def opened_trace(
+    path: Path,
+    *,
+    documents: str | None = None,
+    domain: str | None = None,
+    phase: str | None = None,
+    model_id: str | None = None,
+) -> AbstractContextManager[Trace | TraceFile]:
+    """The same rows, read piece by piece where the form of the trace allows it; errors come when the context is entered."""
+    from swapless.trace.importers import open_trace
+    from swapless.trace.select import Choice
+
+    return open_trace(path, choice=Choice.of(documents, domain, phase), model_id=model_id)
 
 
 def number_list(text: str, *, what: str, whole: bool) -> list[float]:

@@ -13,18 +13,16 @@ from swapless.units import format_size
 
 __all__ = ["info", "info_checkpoint"]
 
-_PARQUET = b"PAR1"
-
 
 def info(
-    path: Annotated[str, typer.Argument(metavar="PATH", help="A checkpoint folder or a trace.")],
+    path: Annotated[str, typer.Argument(metavar="PATH", help="A checkpoint folder, or a trace in any known form.")],
     as_json: options.Json = False,
 ) -> None:
     """Say what a checkpoint or a trace is.
 
     A checkpoint is read from its configuration and file headers alone.
     """
-    if _begins_with(Path(path), _PARQUET):
+    if _is_trace(Path(path)):
         from swapless.cli.info_trace import info_trace
 
         info_trace(Path(path), as_json)
@@ -64,11 +62,12 @@ def _facts(found: Any) -> list[tuple[str, str]]:
     ]
 
 
-def _begins_with(path: Path, magic: bytes) -> bool:
-    if not path.is_file():
-        return False
+def _is_trace(path: Path) -> bool:
+    """Whether the content is a trace's, of our own form or of one that an importer knows."""
+    from swapless.errors import TraceError
+    from swapless.trace.importers import importer_of, is_parquet
+
     try:
-        with open(path, "rb") as file:
-            return file.read(len(magic)) == magic
-    except OSError:
+        return is_parquet(path) or importer_of(path) is not None
+    except (TraceError, OSError):
         return False

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from swapless.cli._trace_options import opened_trace
 from swapless.cli.out import Out
 
 __all__ = ["info_trace"]
@@ -17,31 +18,30 @@ def info_trace(path: Path, as_json: bool = False) -> None:
 
     from swapless.locality import balance, reuse
     from swapless.notation import Phase
-    from swapless.trace.importers import load_trace
+    from swapless.trace.summary import summarize
 
-    trace = load_trace(path)
-    header = trace.header
-    lengths = np.diff(trace.grouped().document_offsets)
-    again, even = reuse(trace, [16]), balance(trace, [16])
-    optional = ("token_id", "token", "step", "gate_weights", "router_scores")
+    with opened_trace(path) as trace:
+        counted, again, even = summarize(trace), reuse(trace, [16]), balance(trace, [16])
+        header, columns = trace.header, trace.columns
+    lengths = counted.lengths
     pooled = float(again.shared.sum() / again.could_share.sum()) if again.could_share.sum() else float("nan")
     facts: dict[str, Any] = {
-        "tokens": len(trace),
+        "tokens": counted.num_tokens,
         "documents": len(lengths),
         "tokens_a_document": {
             "min": int(lengths.min()),
             "median": float(np.median(lengths)),
             "max": int(lengths.max()),
         },
-        "phases": {phase.label: int((trace.phase == phase).sum()) for phase in Phase},
-        "domains": len(np.unique(trace.domain[trace.domain >= 0])),
-        "columns": [name for name in optional if getattr(trace, name) is not None],
-        "unused_places": int((trace.expert_ids < 0).sum()),
+        "phases": {phase.label: counted.phase_tokens.get(phase.label, 0) for phase in Phase},
+        "domains": len(counted.domains),
+        "columns": list(columns),
+        "unused_places": counted.unused_places,
         "experts_never_used": int((even.load == 0).sum()),
         "overlap": pooled,
-        "overlap_random": trace.top_k / trace.num_experts,
-        "load_entropy": float(np.nanmean(even.entropy)),
-        "working_set_16": float(np.nanmean(again.working_set)) if again.windows[0] else float("nan"),
+        "overlap_random": header.top_k / header.num_experts,
+        "load_entropy": _mean(even.entropy),
+        "working_set_16": _mean(again.working_set),
     }
     out = Out(as_json=as_json)
     out.document({"kind": "trace", "file": path.name, "header": json.loads(header.to_json()), **facts})
@@ -50,15 +50,25 @@ def info_trace(path: Path, as_json: bool = False) -> None:
     pairs = [("trace", str(path)), ("model", header.model_id or "not named"), ("shape", shape)]
     pairs += [(name, getattr(header, name)) for name in ("source", "licence", "notes") if getattr(header, name)]
     span = facts["tokens_a_document"]
-    pairs.append(("tokens", f"{len(trace):,} in {len(lengths):,} documents of {span['min']} to {span['max']}"))
-    pairs.append(("phases", ", ".join(f"{name} {count:,}" for name, count in facts["phases"].items() if count)))
-    pairs.append(("domains", str(facts["domains"]) if facts["domains"] else "not labelled"))
-    pairs.append(("columns", ", ".join(["expert_ids", *facts["columns"]])))
+    tokens = f"{counted.num_tokens:,} in {len(lengths):,} documents of {span['min']:,} to {span['max']:,}"
+    pairs.append(("tokens", tokens))
+    pairs.append(("phases", ", ".join(f"{name} {count:,}" for name, count in counted.phase_tokens.items())))
+    pairs.append(("domains", ", ".join(counted.domains[:8]) + (", ..." if len(counted.domains) > 8 else "") or "not labelled"))
+    pairs.append(("columns", ", ".join(["expert_ids", *columns])))
     pairs.append(("never used", f"{facts['experts_never_used']:,} of {even.load.size:,} experts"))
-    pairs.append(
-        ("overlap", f"{pooled:.1%} of a token's experts served the token before (random {facts['overlap_random']:.1%})")
-    )
-    pairs.append(("load entropy", f"{facts['load_entropy']:.1%} of an even load"))
-    if again.windows[0]:
+    if np.isfinite(pooled):
+        random = f"random {facts['overlap_random']:.1%}"
+        pairs.append(("overlap", f"{pooled:.1%} of a token's experts served the token before ({random})"))
+    if np.isfinite(facts["load_entropy"]):
+        pairs.append(("load entropy", f"{facts['load_entropy']:.1%} of an even load"))
+    if np.isfinite(facts["working_set_16"]):
         pairs.append(("16 tokens touch", f"{facts['working_set_16']:.1f} experts a MoE layer"))
     out.facts(pairs)
+
+
+def _mean(values: Any) -> float:
+    """Mean of the finite values; NaN without any."""
+    import numpy as np
+
+    fine = values[np.isfinite(values)]
+    return float(fine.mean()) if len(fine) else float("nan")

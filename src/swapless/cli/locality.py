@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from swapless.cli._options import Json, Quiet, exclusive
-from swapless.cli._trace_options import Documents, Domain, ModelId, PhaseName, chosen_trace, number_list
+from swapless.cli._trace_options import Documents, Domain, ModelId, PhaseName, number_list, opened_trace
 from swapless.cli.out import Out
 
 __all__ = ["locality"]
@@ -49,12 +49,12 @@ def locality(
         for number, path in enumerate(traces):
             name = f"{path.name}: " if len(traces) > 1 else ""
             progress(f"{name}reading", number / len(traces))
-            trace = chosen_trace(path, **options)
 
             def report(stage: str, share: float, name: str = name, number: int = number) -> None:
                 progress(name + stage, (number + share) / len(traces))
 
-            result = survey(trace, segments=lengths, ratios=ratios, replicates=replicates, seed=seed, report=report)
+            with opened_trace(path, **options) as trace:
+                result = survey(trace, segments=lengths, ratios=ratios, replicates=replicates, seed=seed, report=report)
             result["trace"] = {"file": path.name, **result["trace"]}
             results.append(result)
     if json:

@@ -56,12 +56,9 @@ def uniform_working_set(segment_tokens: int, num_experts: int, top_k: int) -> fl
     return num_experts * (1 - (1 - top_k / num_experts) ** segment_tokens)
 
 
-def document_lengths(source: Source, max_tokens: int | None = None) -> np.ndarray:
-    """Lengths of the first whole documents, at most about ``max_tokens`` in all (at least one document)."""
-    lengths = np.concatenate([np.diff(piece.document_offsets) for piece in source.pieces(65536)])
-    if max_tokens is None:
-        return lengths
-    return lengths[: max(1, int(np.searchsorted(np.cumsum(lengths), max_tokens, side="right")))]
+def first_documents(source: Source, max_tokens: int) -> Trace:
+    """The first whole documents, at most ``max_tokens`` in all (at least one document)."""
+    return next(iter(source.pieces(max_tokens)))
 
 
 def uniform_trace(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -12,6 +13,7 @@ from swapless.trace.trace import Trace
 
 LEAST_ACTIVATION = 1e-5
 LEAST_COUNT = 20
+TABLE_BYTES = 128 * 2**20
 
 
 class DomainSpecialization(NamedTuple):
@@ -99,12 +101,12 @@ def _coverage(offsets: np.ndarray, window: int) -> tuple[np.ndarray, np.ndarray]
     return covering.astype(np.float64), windows
 
 
-def vocabulary_specialization(trace: Trace, paired: Literal["in", "out"] = "in") -> VocabularySpecialization:
+def vocabulary_specialization(source: Source, paired: Literal["in", "out"] = "in") -> VocabularySpecialization:
     """Share of a token's occurrences that its main expert takes as top-1, averaged over the tokens of each expert.
 
     Parameters
     ----------
-    trace : Trace
+    source : Trace or TraceFile
         With ``token_id`` or ``token``, and with a known top-1: gate weights, or ids in descending order of weight.
     paired : {"in", "out"}
         Pair a routing decision with the token that went in, or with the true next token of the document.
@@ -119,36 +121,50 @@ def vocabulary_specialization(trace: Trace, paired: Literal["in", "out"] = "in")
     UsageError
         No tokens, or no way to tell the top-1.
 
+    Notes
+    -----
+    One pass counts the tokens; further ones count top-1 uses for as many MoE layers at a time as fit ``TABLE_BYTES``.
+
     References
     ----------
     .. [1] arXiv:2505.16056, section 4.3: input and ground-truth-output vocabulary.
     """
-    whole = trace.grouped()
-    top1, token = _top1(whole), _token_codes(whole)
-    if paired == "out":
-        last = whole.document_offsets[1:] - 1
-        kept = np.delete(np.arange(len(whole)), last)
-        top1, token = top1[kept], token[kept + 1]
-    elif paired != "in":
+    if paired not in ("in", "out"):
         raise UsageError(message("Unknown pairing of tokens.", got=repr(paired), allowed="in, out"))
-    count = np.bincount(token[token >= 0], minlength=1)
+    layers, experts = source.header.num_moe_layers, source.header.num_experts
+    count = np.zeros(1, np.int64)
+    for _, token in _decisions(source, paired):
+        seen = np.bincount(token[token >= 0], minlength=len(count))
+        seen[: len(count)] += count
+        count = seen
     frequent = np.flatnonzero(count >= LEAST_COUNT)
     place = np.full(len(count), -1, np.int64)
     place[frequent] = np.arange(len(frequent))
-    expert = np.full((trace.num_moe_layers, trace.num_experts), np.nan)
-    row = np.where(token >= 0, place[np.maximum(token, 0)], -1)
-    for layer in range(trace.num_moe_layers):
-        fine = (row >= 0) & (top1[:, layer] >= 0)
-        flat = row[fine] * trace.num_experts + top1[fine, layer]
-        taken = np.bincount(flat, minlength=len(frequent) * trace.num_experts).reshape(len(frequent), trace.num_experts)
-        if not len(frequent):
-            continue
-        main = taken.argmax(axis=1)
-        share = taken.max(axis=1) / count[frequent]
-        owned = np.bincount(main, minlength=trace.num_experts)
-        total = np.bincount(main, share, minlength=trace.num_experts)
-        expert[layer] = np.divide(total, owned, out=np.full(trace.num_experts, np.nan), where=owned > 0)
+    expert = np.full((layers, experts), np.nan)
+    at_once = max(1, TABLE_BYTES // max(1, 4 * len(frequent) * experts))
+    for first in range(0, layers if len(frequent) else 0, at_once):
+        taken = np.zeros((min(at_once, layers - first), len(frequent) * experts), np.int32)
+        for top1, token in _decisions(source, paired):
+            row = np.where(token >= 0, place[np.maximum(token, 0)], -1)
+            for layer, table in enumerate(taken, start=first):
+                fine = (row >= 0) & (top1[:, layer] >= 0)
+                np.add.at(table, row[fine] * experts + top1[fine, layer], 1)
+        for layer, table in enumerate(taken.reshape(len(taken), len(frequent), experts), start=first):
+            main, share = table.argmax(axis=1), table.max(axis=1) / count[frequent]
+            owned, total = np.bincount(main, minlength=experts), np.bincount(main, share, minlength=experts)
+            expert[layer] = np.divide(total, owned, out=np.full(experts, np.nan), where=owned > 0)
     return VocabularySpecialization(expert, len(frequent))
+
+
+def _decisions(source: Source, paired: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Top-1 experts (T, L) and the codes (T,) of the tokens they are paired with, -1 where there is none."""
+    codes: dict[str, int] = {}
+    for piece in source.pieces(PIECE_TOKENS, columns=("token_id", "token", "gate_weights")):
+        token, top1 = _token_codes(piece, codes), _top1(piece)
+        if paired == "out":
+            kept = np.delete(np.arange(len(piece)), piece.document_offsets[1:] - 1)
+            token, top1 = token[kept + 1], top1[kept]
+        yield top1, token
 
 
 def _top1(trace: Trace) -> np.ndarray:
@@ -163,9 +179,12 @@ def _top1(trace: Trace) -> np.ndarray:
     raise UsageError(message(what, got=trace.header.expert_order, step=step))
 
 
-def _token_codes(trace: Trace) -> np.ndarray:
+def _token_codes(trace: Trace, codes: dict[str, int]) -> np.ndarray:
+    """Ids of the tokens, or the places at which their texts first appeared, kept in ``codes`` from piece to piece."""
     if trace.token_id is not None:
         return trace.token_id
     if trace.token is None:
         raise UsageError(message("This trace has no tokens.", step="Record it with token ids."))
-    return trace.token.dictionary_encode().indices.fill_null(-1).to_numpy(zero_copy_only=False)
+    texts = trace.token.dictionary_encode()
+    table = [-1 if text is None else codes.setdefault(text, len(codes)) for text in texts.dictionary.to_pylist()]
+    return np.array([*table, -1], np.int64)[texts.indices.fill_null(-1).to_numpy(zero_copy_only=False)]

@@ -43,8 +43,10 @@ class Source(Protocol):
         """T, the number of tokens."""
         ...
 
-    def pieces(self, max_tokens: int | None = None, max_documents: int | None = None) -> Iterator[Trace]:
-        """Whole documents, in pieces of about that size."""
+    def pieces(
+        self, max_tokens: int | None = None, max_documents: int | None = None, *, columns: Sequence[str] = ()
+    ) -> Iterator[Trace]:
+        """Whole documents, in pieces of about that size, with these optional columns where they exist."""
         ...
 
 

@@ -41,8 +41,17 @@ def integers(values: Any, name: str, dtype: type[np.integer[Any]]) -> np.ndarray
     return array
 
 
-def check_trace(trace: Trace) -> None:
-    """Check shapes and values of a whole trace.
+def check_trace(trace: Trace, first_row: int = 0, before: tuple[int, int] | None = None) -> None:
+    """Check shapes and values of a whole trace, or of consecutive rows of a longer one.
+
+    Parameters
+    ----------
+    trace : Trace
+        What to check.
+    first_row : int
+        Number of its first row in the whole, so that errors name the row that a reader finds.
+    before : (int, int), optional
+        Document and position of the row before it.
 
     Raises
     ------
@@ -52,14 +61,14 @@ def check_trace(trace: Trace) -> None:
     _check_shapes(trace)
     if len(trace) == 0:
         raise TraceValueError(message("A trace needs at least one token.", got="0 rows"))
-    _check_rows(trace)
-    _check_positions(trace)
+    _check_rows(trace, first_row)
+    _check_positions(trace, first_row, before)
     for start in range(0, len(trace), _CHUNK_TOKENS):
-        _check_ids(trace.expert_ids[start : start + _CHUNK_TOKENS], trace.num_experts, start)
+        _check_ids(trace.expert_ids[start : start + _CHUNK_TOKENS], trace.num_experts, first_row + start)
         for name in ("gate_weights", "router_scores"):
             values = getattr(trace, name)
             if values is not None:
-                _check_no_nan(values[start : start + _CHUNK_TOKENS], name, start)
+                _check_no_nan(values[start : start + _CHUNK_TOKENS], name, first_row + start)
 
 
 def _check_shapes(trace: Trace) -> None:
@@ -77,7 +86,7 @@ def _check_shapes(trace: Trace) -> None:
         raise TraceValueError(message("token has the wrong length.", got=len(trace.token), allowed=num_tokens))
 
 
-def _check_rows(trace: Trace) -> None:
+def _check_rows(trace: Trace, first_row: int) -> None:
     lowest = {"document": 0, "position": 0, "phase": 0, "domain": -1, "token_id": -1, "step": 0}
     highest = {"phase": len(Phase) - 1, "domain": len(trace.domains) - 1}
     for name, low in lowest.items():
@@ -87,19 +96,24 @@ def _check_rows(trace: Trace) -> None:
         high = highest.get(name, np.iinfo(np.int32).max)
         if values.min() < low or values.max() > high:
             row = int(np.argmax((values < low) | (values > high)))
-            where, allowed = f"row {row}", f"{low} to {high}"
+            where, allowed = f"row {first_row + row}", f"{low} to {high}"
             raise TraceValueError(message(f"{name} is out of range.", where=where, got=values[row], allowed=allowed))
 
 
-def _check_positions(trace: Trace) -> None:
-    order = np.argsort(trace.document, kind="stable")
-    same = np.diff(trace.document[order]) == 0
-    bad = same & (np.diff(trace.position[order].astype(np.int64)) <= 0)
+def _check_positions(trace: Trace, first_row: int, before: tuple[int, int] | None) -> None:
+    document, position = trace.document, trace.position.astype(np.int64)
+    if before is not None and before[0] == document[0] and position[0] <= before[1]:
+        raise _fallen(first_row, *before, int(position[0]))
+    order = np.argsort(document, kind="stable")
+    bad = (np.diff(document[order]) == 0) & (np.diff(position[order]) <= 0)
     if bad.any():
-        before, row = order[int(np.argmax(bad))], order[int(np.argmax(bad)) + 1]
-        where = f"row {row}, document {trace.document[row]}"
-        got = f"{trace.position[row]} after {trace.position[before]}"
-        raise TraceValueError(message("Positions must rise strictly within a document.", where=where, got=got))
+        above, row = order[int(np.argmax(bad))], order[int(np.argmax(bad)) + 1]
+        raise _fallen(first_row + int(row), int(document[row]), int(position[above]), int(position[row]))
+
+
+def _fallen(row: int, document: int, before: int, got: int) -> TraceValueError:
+    where = f"row {row}, document {document}"
+    return TraceValueError(message("Positions must rise strictly within a document.", where=where, got=f"{got} after {before}"))
 
 
 def _check_ids(ids: np.ndarray, num_experts: int, first_row: int) -> None:

@@ -52,7 +52,7 @@ def read_trace(path: str | os.PathLike[str], *, columns: tuple[str, ...] | None 
     """
     with open_parquet(path) as file:
         header = file_header(file, path)
-        names = check_columns(file.schema_arrow, header, path)
+        names = check_columns(file, header, path)
         if columns is not None:
             names = [name for name in names if name in (*_REQUIRED, "domain", *columns)]
         try:
@@ -165,15 +165,25 @@ def _is_text(kind: pa.DataType) -> bool:
     return pa.types.is_string(kind) or pa.types.is_large_string(kind)
 
 
-def check_columns(schema: pa.Schema, header: TraceHeader, path: object) -> list[str]:
-    """Names of the known columns of a file, after checking that none is missing and each has its type."""
-    types = _types(header)
+def check_columns(file: pq.ParquetFile, header: TraceHeader, path: object) -> list[str]:
+    """Names of the known columns of a file, after checking that none is missing and each has its type.
+
+    Raises
+    ------
+    TraceFormatError
+        A missing column, or one of another type.
+    TraceValueError
+        ``expert_ids`` in lists of several lengths; the first row that differs is named.
+    """
+    schema, types = file.schema_arrow, _types(header)
     missing = [name for name in _REQUIRED if name not in schema.names]
     if missing:
         raise TraceFormatError(message("A trace lacks required columns.", where=path, got=", ".join(missing)))
     shape = f"L={header.num_moe_layers}, K={header.top_k}, E={header.num_experts}"
     for field in schema:
         if field.name in types and not types[field.name](field.type):
+            if field.name == "expert_ids":
+                _check_ragged(file, header, path)
             what = f"Column {field.name} has a type that a trace of {shape} does not have."
             raise TraceFormatError(message(what, where=path, got=str(field.type), step="See docs/formats/trace.md."))
     unknown = [name for name in schema.names if name not in types]
@@ -182,10 +192,36 @@ def check_columns(schema: pa.Schema, header: TraceHeader, path: object) -> list[
     return [name for name in schema.names if name in types]
 
 
-def trace_of_table(table: pa.Table, header: TraceHeader) -> Trace:
+def _check_ragged(file: pq.ParquetFile, header: TraceHeader, path: object) -> None:
+    """Name the first row whose ids are not L * K, where a file holds lists of free length."""
+    if not pa.types.is_list(file.schema_arrow.field("expert_ids").type):
+        return
+    places, first_row = header.num_moe_layers * header.top_k, 0
+    for batch in file.iter_batches(columns=["expert_ids"]):
+        lengths = batch.column(0).value_lengths().fill_null(0).to_numpy(zero_copy_only=False)
+        if (lengths != places).any():
+            row = int(np.argmax(lengths != places))
+            where = f"{path}, row {first_row + row}"
+            allowed = f"L * K = {places} in every row"
+            raise TraceValueError(message("Ragged number of expert ids.", where=where, got=int(lengths[row]), allowed=allowed))
+        first_row += len(batch)
+
+
+def trace_of_table(table: pa.Table, header: TraceHeader, first_row: int = 0) -> Trace:
     """Trace over the columns of an Arrow table, without copying single-chunk columns."""
+    return Trace(header=header, **columns_of_table(table, header, first_row))
+
+
+def columns_of_table(table: pa.Table, header: TraceHeader, first_row: int = 0) -> dict[str, Any]:
+    """Columns of a table as a trace keeps them, those that it has; its first row is row ``first_row`` of the file.
+
+    Raises
+    ------
+    TraceValueError
+        A null, or an unknown phase; the row is named.
+    """
     num_tokens, num_layers = len(table), header.num_moe_layers
-    columns: dict[str, Any] = {"header": header, "domain": np.full(num_tokens, -1, np.int32), "domains": ()}
+    columns: dict[str, Any] = {"domain": np.full(num_tokens, -1, np.int32), "domains": ()}
     for name in table.column_names:
         column = _one_array(table.column(name))
         if name in ("phase", "domain"):
@@ -193,24 +229,23 @@ def trace_of_table(table: pa.Table, header: TraceHeader) -> Trace:
             if name == "domain":
                 columns["domain"], columns["domains"] = codes, names
             else:
-                columns["phase"] = _phases(codes, names)
+                columns["phase"] = _phases(codes, names, first_row)
             continue
         if column.null_count and name != "token":
-            row = int(np.argmax(column.is_null().to_numpy(zero_copy_only=False)))
+            row = first_row + int(np.argmax(column.is_null().to_numpy(zero_copy_only=False)))
             raise TraceValueError(message(f"{name} is null.", where=f"row {row}"))
         if name == "token":
             columns[name] = column
         elif pa.types.is_fixed_size_list(column.type):
-            values = column.flatten()
+            values, places = column.flatten(), column.type.list_size // num_layers
             if values.null_count:
-                row = int(np.argmax(values.is_null().to_numpy(zero_copy_only=False))) // column.type.list_size
-                raise TraceValueError(message(f"{name} holds a null.", where=f"row {row}"))
-            columns[name] = values.to_numpy(zero_copy_only=True).reshape(
-                num_tokens, num_layers, column.type.list_size // num_layers
-            )
+                place = int(np.argmax(values.is_null().to_numpy(zero_copy_only=False))) // places
+                where = f"row {first_row + place // num_layers}, moe_layer {place % num_layers}"
+                raise TraceValueError(message(f"{name} holds a null.", where=where))
+            columns[name] = values.to_numpy(zero_copy_only=True).reshape(num_tokens, num_layers, places)
         else:
             columns[name] = column.to_numpy(zero_copy_only=True)
-    return Trace(**columns)
+    return columns
 
 
 def _one_array(column: pa.ChunkedArray) -> pa.Array:
@@ -227,14 +262,15 @@ def _labels(column: pa.Array) -> tuple[np.ndarray, tuple[str, ...]]:
     return coded.indices.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int32), tuple(coded.dictionary.to_pylist())
 
 
-def _phases(codes: np.ndarray, names: tuple[str, ...]) -> np.ndarray:
+def _phases(codes: np.ndarray, names: tuple[str, ...], first_row: int) -> np.ndarray:
     known = {phase.label: int(phase) for phase in Phase}
     table = np.array([known.get(name, -1) for name in names] + [-1], np.int8)
     phases = table[codes]
     if phases.size and phases.min() < 0:
         row = int(np.argmax(phases < 0))
         got = repr(names[codes[row]]) if codes[row] >= 0 else "null"
-        raise TraceValueError(message("Unknown phase.", where=f"row {row}", got=got, allowed="prefill, decode"))
+        where = f"row {first_row + row}"
+        raise TraceValueError(message("Unknown phase.", where=where, got=got, allowed="prefill, decode"))
     return phases
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -51,28 +51,75 @@ def select(
     >>> select(trace, documents="1-2").document.tolist()
     [1, 2]
     """
-    kept = np.ones(len(trace), np.bool_)
-    if documents is not None:
-        wanted = document_ranges(documents) if isinstance(documents, str) else [(int(d), int(d)) for d in documents]
-        inside = np.zeros(len(trace), np.bool_)
-        for first, last in wanted:
-            inside |= (trace.document >= first) & (trace.document <= last)
-        kept &= inside
-    if domain is not None:
-        if domain not in trace.domains:
-            raise UnknownNameError.of("domain", domain, trace.domains)
-        kept &= trace.domain == trace.domains.index(domain)
-    if phase is not None:
-        labels = {item.label: int(item) for item in Phase}
-        name = phase.label if isinstance(phase, Phase) else phase
-        if name not in labels:
-            raise UnknownNameError.of("phase", str(name), labels)
-        kept &= trace.phase == labels[name]
+    return chosen_rows(trace, Choice.of(documents, domain, phase))
+
+
+def chosen_rows(trace: Trace, chosen: Choice) -> Trace:
+    """Rows of ``trace`` that meet ``chosen``; errors as :func:`select`."""
+    chosen.check_domain(trace.domains)
+    kept = chosen.mask(trace.document, trace.domain, trace.domains, trace.phase)
     if not kept.any():
-        got = f"documents={documents}, domain={domain}, phase={phase}"
-        there = f"documents {trace.document.min()}-{trace.document.max()}"
-        raise UsageError(message("No token of the trace meets the conditions.", got=got, allowed=there))
+        raise chosen.nothing(int(trace.document.min()), int(trace.document.max()))
     return trace if kept.all() else trace.rows(kept)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """Conditions on rows; those that are None hold for every row.
+
+    Parameters
+    ----------
+    documents : tuple of (int, int), optional
+        First and last document of each range.
+    domain : str, optional
+        One label.
+    phase : Phase, optional
+        One phase.
+    """
+
+    documents: tuple[tuple[int, int], ...] | None = None
+    domain: str | None = None
+    phase: Phase | None = None
+
+    @classmethod
+    def of(cls, documents: str | Sequence[int] | None, domain: str | None, phase: str | Phase | None) -> Choice:
+        """Conditions in the forms that :func:`select` takes; its errors, but for those that need the rows."""
+        ranges = None
+        if documents is not None:
+            ranges = document_ranges(documents) if isinstance(documents, str) else [(int(d), int(d)) for d in documents]
+        if isinstance(phase, str):
+            labels = {item.label: item for item in Phase}
+            if phase not in labels:
+                raise UnknownNameError.of("phase", phase, labels)
+            phase = labels[phase]
+        return cls(documents=None if ranges is None else tuple(ranges), domain=domain, phase=phase)
+
+    def check_domain(self, domains: Iterable[str]) -> None:
+        """Refuse a label that none of ``domains`` is (UnknownNameError)."""
+        if self.domain is not None and self.domain not in (known := list(domains)):
+            raise UnknownNameError.of("domain", self.domain, known)
+
+    def mask(self, document: np.ndarray, domain: np.ndarray, domains: Sequence[str], phase: np.ndarray) -> np.ndarray:
+        """Which rows meet every condition, bool of shape (T,), from their columns as :class:`Trace` has them."""
+        kept = np.ones(len(document), np.bool_)
+        if self.documents is not None:
+            inside = np.zeros(len(document), np.bool_)
+            for first, last in self.documents:
+                inside |= (document >= first) & (document <= last)
+            kept &= inside
+        if self.domain is not None:
+            kept &= (domain == domains.index(self.domain)) if self.domain in domains else False
+        if self.phase is not None:
+            kept &= phase == int(self.phase)
+        return kept
+
+    def nothing(self, first_document: int, last_document: int) -> UsageError:
+        """The error of a trace without a row that meets the conditions."""
+        ranges = None if self.documents is None else ",".join(f"{a}" if a == b else f"{a}-{b}" for a, b in self.documents)
+        asked = {"documents": ranges, "domain": self.domain, "phase": None if self.phase is None else self.phase.label}
+        got = ", ".join(f"{name} {value}" for name, value in asked.items() if value is not None)
+        there = f"documents {first_document}-{last_document}"
+        return UsageError(message("No token of the trace meets the conditions.", got=got, allowed=there))
 
 
 def document_ranges(text: str) -> list[tuple[int, int]]:

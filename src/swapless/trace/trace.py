@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from jaxtyping import Float16, Int8, Int16, Int32, Int64
 
 _PER_TOKEN = ("document", "position", "phase", "domain", "token_id", "token", "step")
+OPTIONAL = ("token_id", "token", "step", "gate_weights", "router_scores")
+"""Columns that a trace may lack."""
+
 _ROW_FIELDS = (*_PER_TOKEN, "expert_ids", "gate_weights", "router_scores")
 
 
@@ -191,6 +194,11 @@ class Trace:
         return len(np.unique(self.document))
 
     @property
+    def columns(self) -> tuple[str, ...]:
+        """Names of the optional columns that it has."""
+        return tuple(name for name in OPTIONAL if getattr(self, name) is not None)
+
+    @property
     def document_offsets(self) -> Int64[np.ndarray, " D_plus_1"]:
         """Where each run of one document starts, and T at the end; whole documents after :meth:`grouped`."""
         starts = np.flatnonzero(np.diff(self.document, prepend=self.document[:1] - 1)) if len(self) else np.zeros(0, np.int64)
@@ -229,8 +237,14 @@ class Trace:
         _, first, inverse = np.unique(self.document, return_index=True, return_inverse=True)
         return self.rows(np.argsort(first[inverse], kind="stable"))
 
-    def pieces(self, max_tokens: int | None = None, max_documents: int | None = None) -> Iterator[Trace]:
-        """Whole documents, in pieces of about that size (at least one document each); all at once without limits."""
+    def pieces(
+        self, max_tokens: int | None = None, max_documents: int | None = None, *, columns: Sequence[str] = ()
+    ) -> Iterator[Trace]:
+        """Whole documents, in pieces of about that size (at least one document each); all at once without limits.
+
+        ``columns`` are optional columns that the caller looks at. A trace in memory hands out all that it has; a file reads
+        no others.
+        """
         whole = self.grouped()
         offsets, start = whole.document_offsets, 0
         last = len(offsets) - 1

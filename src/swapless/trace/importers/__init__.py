@@ -6,11 +6,18 @@ An importer is a module with ``matches(path) -> bool``, which looks at the conte
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from swapless.errors import TraceFormatError, TraceMissingError, message
+from swapless.errors import TraceFormatError, TraceMismatchError, TraceMissingError, message
 from swapless.registry import Registry
+from swapless.trace.header import TraceHeader
 from swapless.trace.parquet import read_trace
+from swapless.trace.select import Choice, chosen_rows
+from swapless.trace.stream import TraceFile
 from swapless.trace.trace import Trace
 
 IMPORTERS = Registry(
@@ -54,17 +61,88 @@ def load_trace(
         Nothing at ``path``.
     """
     place = Path(path)
-    if importer is not None:
-        return IMPORTERS.get(importer).load(place, model_id)
+    found = IMPORTERS.get(importer) if importer is not None else importer_of(place)
+    return read_trace(place, columns=columns) if found is None else found.load(place, model_id)
+
+
+def importer_of(path: str | os.PathLike[str]) -> Any | None:
+    """The importer that knows the content of ``path``, or None for our own form and for a file that nobody knows.
+
+    Raises
+    ------
+    TraceMissingError
+        Nothing at ``path``.
+    TraceFormatError
+        A folder that nobody knows.
+    """
+    place = Path(path)
     if not place.exists():
         raise TraceMissingError(message("No such trace.", where=path))
-    if place.is_file() and place.suffix == ".parquet":
-        return read_trace(place, columns=columns)
+    if is_parquet(place):
+        return None
     for name in IMPORTERS.names():
         found = IMPORTERS.get(name)
         if found.matches(place):
-            return found.load(place, model_id)
+            return found
     if place.is_file():
-        return read_trace(place, columns=columns)
+        return None
     known = "a Parquet trace, or what these read: " + ", ".join(IMPORTERS.names())
     raise TraceFormatError(message("This is no trace.", where=path, allowed=known))
+
+
+def is_parquet(path: Path) -> bool:
+    """Whether a file begins as Parquet files do."""
+    if not path.is_file():
+        return False
+    with open(path, "rb") as file:
+        return file.read(4) == b"PAR1"
+
+
+@contextmanager
+def open_trace(
+    path: str | os.PathLike[str], *, choice: Choice | None = None, model_id: str | None = None
+) -> Iterator[Trace | TraceFile]:
+    """A trace to measure, read piece by piece where its form allows it: whole documents of our own form.
+
+    Parameters
+    ----------
+    path : path
+        A trace, or what an importer reads.
+    choice : Choice, optional
+        Keep only the rows that it names.
+    model_id : str, optional
+        Model of a trace that names none.
+
+    Raises
+    ------
+    TraceMismatchError
+        ``model_id`` differs from the one that the trace names.
+    TraceError, UsageError
+        As :func:`load_trace` and :func:`swapless.trace.select`.
+    """
+    chosen = choice or Choice()
+    if importer_of(path) is None:
+        with TraceFile(path, choice=chosen) as file:
+            if file.in_pieces:
+                file.header = named(file.header, model_id, path)
+                yield file
+                return
+    trace = load_trace(path, model_id=model_id)
+    trace = replace(trace, header=named(trace.header, model_id, path))
+    yield chosen_rows(trace, chosen).grouped()
+
+
+def named(header: TraceHeader, model_id: str | None, path: str | os.PathLike[str]) -> TraceHeader:
+    """The header with ``model_id`` where it names no model.
+
+    Raises
+    ------
+    TraceMismatchError
+        It names another one.
+    """
+    if model_id is None or header.model_id == model_id:
+        return header
+    if header.model_id is not None:
+        what = "The trace is of another model than was said."
+        raise TraceMismatchError(message(what, where=path, got=model_id, allowed=header.model_id))
+    return replace(header, model_id=model_id)
