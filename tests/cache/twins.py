@@ -361,24 +361,26 @@ class NextUse(Twin):
         for weight in self.weight:
             for block in range(3):
                 weight[block * experts : (block + 1) * experts] = np.eye(experts, dtype=np.float32) * self.priors[block]
+        self.order, self.pairs, self.trust = [], [], defaultdict(float)
 
     def demand(self, layer, experts):
         count, horizon, ridge = self.num_experts, np.float32(0.8), np.float32(1000)
         fed, trail, moment, cross = self.fed[layer], self.trail[layer], self.moment[layer], self.cross[layer]
         for expert in experts:
-            faded = np.float32(horizon ** np.float32(min(self.learned[layer] - self.used_at[layer][expert], 1000)))
+            ago = self.learned[layer] - self.used_at[layer][expert]
+            faded = np.float32(horizon ** np.float32(ago)) if ago < 100 else np.float32(0)
             cross[expert] += trail - faded * self.since[layer][expert]
             self.since[layer][expert] = horizon * trail
             self.used_at[layer][expert] = self.learned[layer] + 1
         for block, fade in enumerate(self.fades):
             part = fed[block * count : (block + 1) * count]
             if self.seen[layer] != self.tokens[layer]:
-                part *= fade
+                part *= np.where(part > np.float32(1e-9), fade, np.float32(0))
             for expert in experts:
                 part[expert] += np.sqrt(np.float32(1) - fade)
         self.seen[layer] = self.tokens[layer]
         fed[-1] = 1
-        trail[:] = horizon * trail + fed
+        trail[:] = np.where(trail > np.float32(1e-9), horizon * trail, np.float32(0)) + fed
         self.learned[layer] += 1
         for expert in experts:
             moment[expert, expert:] += fed[expert:]
@@ -401,6 +403,22 @@ class NextUse(Twin):
             if factor:
                 value += factor * self.weight[mine][j, key % self.num_experts]
         return value
+
+    def access(self, pool, key, hit):
+        self.order = [other for other in self.order if other != key] + [key]
+        for doubted, other in self.pairs:
+            if key in (doubted, other):
+                self.trust[pool] = 0.998 * self.trust[pool] + (-1 if key == doubted else 1)
+                self.pairs.remove((doubted, other))
+                break
+
+    def victim(self, pool, may, layer):
+        learned = super().victim(pool, may, layer)
+        oldest = min(may, key=lambda item: self.order.index(item[1]))[0]
+        if learned != oldest:
+            pair = dict(may)[learned], dict(may)[oldest]
+            self.pairs = [other for other in self.pairs if not set(other) & set(pair)] + [pair]
+        return learned if self.trust[pool] >= 0 else oldest
 
 
 TWINS = {

@@ -16,6 +16,9 @@ STRIDE = 4
 # Beyond this many tokens old ones weigh less: sums are halved, which also keeps float32 exact enough.
 HALVED_AFTER = 131072
 _PREFILL_EXPERTS = 8
+# What has faded to less counts as nothing: processors take a hundred times as long over the tiniest of floats.
+_FORGOTTEN = np.float32(1e-9)
+_FORGOTTEN_TOKENS = 100
 
 
 @compiled_apart
@@ -29,15 +32,17 @@ def take_in(state: Any, token: int, moe_layer: int, experts: Any, learn: bool) -
         for i in range(len(experts)):
             expert = experts[i]
             # Faded sum of what went in since the expert's last use: the whole sum less what was there then.
-            faded = horizon ** np.float32(min(now - state.used_at[moe_layer, expert], 1000))
+            ago = now - state.used_at[moe_layer, expert]
+            faded = horizon ** np.float32(ago) if ago < _FORGOTTEN_TOKENS else np.float32(0.0)
+            credit, then = cross[expert], before[expert]
             for j in range(width):
-                cross[expert, j] += trail[j] - faded * before[expert, j]
-                before[expert, j] = horizon * trail[j]
+                credit[j] += trail[j] - faded * then[j]
+                then[j] = horizon * trail[j]
             state.used_at[moe_layer, expert] = now + 1
     _feed(state, token, moe_layer, experts, num_experts, learn)
     if learn:
         for j in range(width):
-            trail[j] = horizon * trail[j] + fed[j]
+            trail[j] = horizon * trail[j] + fed[j] if trail[j] > _FORGOTTEN else fed[j]
         state.learned[moe_layer] += 1
         _sum_products(state, moe_layer, experts, num_experts)
 
@@ -55,7 +60,7 @@ def _feed(state: Any, token: int, moe_layer: int, experts: Any, num_experts: int
         base = block * num_experts
         if fresh:
             for j in range(base, base + num_experts):
-                fed[j] *= fade
+                fed[j] = fed[j] * fade if fed[j] > _FORGOTTEN else np.float32(0.0)
         for i in range(len(experts)):
             fed[base + experts[i]] += scale
     fed[fed.size - 1] = one
@@ -65,15 +70,17 @@ def _feed(state: Any, token: int, moe_layer: int, experts: Any, num_experts: int
 def _sum_products(state: Any, moe_layer: int, experts: Any, num_experts: int) -> None:
     fed, moment, cross = state.fed[moe_layer], state.moment[moe_layer], state.cross[moe_layer]
     width = fed.size
+    # Views that begin at the diagonal: loops from 0 are vectorised, loops from elsewhere are not.
     for i in range(len(experts)):
-        row = moment[experts[i]]
-        for j in range(experts[i], width):
-            row[j] += fed[j]
+        row, other = moment[experts[i], experts[i] :], fed[experts[i] :]
+        for j in range(row.size):
+            row[j] += other[j]
     for i in range(num_experts + state.learned[moe_layer] % STRIDE, width, STRIDE):
-        row = moment[i]
         scaled = np.float32(STRIDE) * fed[i]
-        for j in range(i, width):
-            row[j] += scaled * fed[j]
+        if scaled > np.float32(0.0):
+            row, other = moment[i, i:], fed[i:]
+            for j in range(row.size):
+                row[j] += scaled * other[j]
     if state.learned[moe_layer] % HALVED_AFTER == 0:
         half = np.float32(0.5)
         for i in range(width):

@@ -9,6 +9,13 @@ The map is the ridge regression of all that was seen so far, held towards a deca
 Gauss-Seidel sweep a token; no step costs more than O(F E), so a block costs microseconds and none ever stalls. Nothing is
 read of the future: the value of an expert's next use is credited when that use comes, to the faded sum of what had gone in
 since its last use.
+
+What was learned is only followed while it does no worse than LRU. Where the two name different victims, the pair is
+remembered; whichever of the two experts is used first was the wrong one to drop. While LRU was right more often of late, the
+least recently used goes. Following the better of two policies by what each would regret is the idea of LeCaR [1]_; pairs in
+place of its ghost lists, and no chance.
+
+.. [1] G. Vietri et al., "Driving Cache Replacement with ML-based LeCaR", HotStorage 2018.
 """
 
 from __future__ import annotations
@@ -18,12 +25,15 @@ from typing import Any, NamedTuple, final
 import numpy as np
 
 from swapless.cache._next_use import predict, sweep, take_in
+from swapless.cache.compiled import compiled
 from swapless.cache.policy import rules
 from swapless.cache.residency import may_go
 from swapless.errors import UsageError, message
 from swapless.notation import Phase
 
 _PREFILL = int(Phase.PREFILL)
+_TRUST_FADE = 0.998
+"""What a pair counts less with each that comes after it: about the last five hundred decide."""
 
 
 class NextUseState(NamedTuple):
@@ -32,6 +42,10 @@ class NextUseState(NamedTuple):
     ``before`` (L, E, F) that sum when the expert was last used, at ``used_at`` int64 (L, E); ``value`` (L, E), and whether it
     is out of date, ``valued_at`` int64 (L,) = -1; ``row`` int64 (L,) the sweep's next row; ``learned`` int64 (L,) tokens;
     ``seen`` int64 (L,) the last demand set. ``fade``, ``prior`` (blocks,); ``horizon``, ``ridge`` (1,).
+
+    Of the guard: ``uses`` int64 (1,) requests so far and ``last`` int64 (L*E,) the expert's latest; ``rival`` int32 (L*E,) the
+    other of its pair or -1, ``doubted`` uint8 (L*E,) whether the map would have dropped it rather than that one; ``trust``
+    float64 (pools,) faded sum of +1 for every pair the map was right about and -1 for every other.
     """
 
     fed: np.ndarray
@@ -50,6 +64,11 @@ class NextUseState(NamedTuple):
     prior: np.ndarray
     horizon: np.ndarray
     ridge: np.ndarray
+    uses: np.ndarray
+    last: np.ndarray
+    rival: np.ndarray
+    doubted: np.ndarray
+    trust: np.ndarray
 
 
 def _on_demand(state, residency, moe_layer, experts, phase):  # type: ignore[no-untyped-def]
@@ -59,8 +78,24 @@ def _on_demand(state, residency, moe_layer, experts, phase):  # type: ignore[no-
     state.valued_at[moe_layer] = -1
 
 
+def _on_access(state, residency, pool, key, hit, clock, phase):  # type: ignore[no-untyped-def]
+    state.uses[0] += 1
+    state.last[key] = state.uses[0]
+    if state.rival[key] >= 0 and phase != _PREFILL:
+        state.trust[pool] = _TRUST_FADE * state.trust[pool] + (-1.0 if state.doubted[key] else 1.0)
+        _settle(state, key)
+
+
+@compiled
+def _settle(state: Any, key: Any) -> None:
+    """The pair of ``key``, if it is in one, is no more."""
+    if state.rival[key] >= 0:
+        state.rival[state.rival[key]] = -1
+        state.rival[key] = -1
+
+
 def _victim(state, residency, pool, clock):  # type: ignore[no-untyped-def]
-    best = np.int32(-1)
+    learned = oldest = np.int32(-1)
     lowest = np.float32(np.inf)
     num_experts = state.value.shape[1]
     for slot in range(residency.pool_start[pool], residency.pool_start[pool + 1]):
@@ -73,11 +108,22 @@ def _victim(state, residency, pool, clock):  # type: ignore[no-untyped-def]
             value = state.value[moe_layer, key - moe_layer * num_experts]
             if value < lowest:
                 lowest = value
-                best = np.int32(slot)
-    return best
+                learned = np.int32(slot)
+            if oldest < 0 or state.last[key] < state.last[residency.key_of_slot[oldest]]:
+                oldest = np.int32(slot)
+    if learned == oldest:
+        return learned
+    doubted, other = residency.key_of_slot[learned], residency.key_of_slot[oldest]
+    _settle(state, doubted)
+    _settle(state, other)
+    state.rival[doubted] = other
+    state.rival[other] = doubted
+    state.doubted[doubted] = 1
+    state.doubted[other] = 0
+    return learned if state.trust[pool] >= 0.0 else oldest
 
 
-rules(NextUseState, on_demand=_on_demand, victim=_victim)
+rules(NextUseState, on_demand=_on_demand, on_access=_on_access, victim=_victim)
 
 
 @final
@@ -140,4 +186,9 @@ class NextUse:
             prior=np.array(self._PRIOR, np.float32),
             horizon=np.array([self.horizon], np.float32),
             ridge=np.array([self.ridge], np.float32),
+            uses=np.zeros(1, np.int64),
+            last=np.zeros(layers * experts, np.int64),
+            rival=np.full(layers * experts, -1, np.int32),
+            doubted=np.zeros(layers * experts, np.uint8),
+            trust=np.zeros(pools),
         )
