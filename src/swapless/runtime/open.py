@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -113,6 +114,8 @@ def _refuse_unserved(folder: Path, raw: dict[str, Any]) -> None:
     from transformers import CONFIG_MAPPING
 
     model_type = raw.get("model_type")
+    for point in entry_points(group="swapless.models", name=str(model_type)):
+        point.load()()  # a family from outside transformers registers itself with the Auto classes
     if model_type in CONFIG_MAPPING:
         return
     if raw.get("auto_map"):

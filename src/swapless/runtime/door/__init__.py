@@ -8,6 +8,8 @@ of transformers' declarative conversion table, in its own words, so that no fami
 
 from __future__ import annotations
 
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, use_experts_implementation
+
 from swapless.runtime.door.layout import ExpertParameter, Layout, MoeLayer
 from swapless.runtime.door.match import checkpoint_layout, is_experts
 from swapless.runtime.door.model import (
@@ -20,6 +22,7 @@ from swapless.runtime.door.model import (
 )
 
 __all__ = [
+    "ALL_EXPERTS_FUNCTIONS",
     "ExpertParameter",
     "Layout",
     "MoeLayer",
@@ -31,4 +34,5 @@ __all__ = [
     "reference_experts",
     "skeleton",
     "strip_experts",
+    "use_experts_implementation",
 ]
