@@ -63,11 +63,12 @@ def _facts(found: Any) -> list[tuple[str, str]]:
 
 
 def _is_trace(path: Path) -> bool:
-    """Whether the content is a trace's, of our own form or of one that an importer knows."""
+    """Whether the content is a trace's, of our own form or of one that an importer knows; or the name claims it."""
     from swapless.errors import TraceError
     from swapless.trace.importers import importer_of, is_parquet
 
     try:
-        return is_parquet(path) or importer_of(path) is not None
+        claimed = path.is_file() and path.suffix == ".parquet"
+        return claimed or is_parquet(path) or importer_of(path) is not None
     except (TraceError, OSError):
         return False

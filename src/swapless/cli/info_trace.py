@@ -21,7 +21,7 @@ def info_trace(path: Path, as_json: bool = False) -> None:
     from swapless.trace.summary import summarize
 
     with opened_trace(path) as trace:
-        counted, again, even = summarize(trace), reuse(trace, [16]), balance(trace, [16])
+        counted, again, even = summarize(trace, trace.columns), reuse(trace, [16]), balance(trace, [16])
         header, columns = trace.header, trace.columns
     lengths = counted.lengths
     pooled = float(again.shared.sum() / again.could_share.sum()) if again.could_share.sum() else float("nan")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,13 +38,13 @@ class Summary:
         return int(self.lengths.sum())
 
 
-def summarize(source: Source) -> Summary:
-    """Counts of ``source``, which is validated by the way where it is a file."""
+def summarize(source: Source, columns: Sequence[str] = ()) -> Summary:
+    """Counts of ``source``; where it is a file, it is validated by the way, these optional columns included."""
     lengths: list[np.ndarray] = []
     phases = np.zeros(len(Phase), np.int64)
     domains: set[str] = set()
     unused = 0
-    for piece in source.pieces(PIECE_TOKENS, PIECE_DOCUMENTS):
+    for piece in source.pieces(PIECE_TOKENS, PIECE_DOCUMENTS, columns=columns):
         lengths.append(np.diff(piece.document_offsets))
         phases += np.bincount(piece.phase, minlength=len(Phase))
         domains.update(piece.domains[code] for code in np.unique(piece.domain) if code >= 0)

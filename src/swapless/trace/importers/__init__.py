@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from swapless.errors import TraceFormatError, TraceMismatchError, TraceMissingError, message
+from swapless.errors import TraceError, TraceFormatError, TraceMismatchError, TraceMissingError, message
 from swapless.registry import Registry
 from swapless.trace.header import TraceHeader
 from swapless.trace.parquet import read_trace
@@ -121,15 +121,20 @@ def open_trace(
         As :func:`load_trace` and :func:`swapless.trace.select`.
     """
     chosen = choice or Choice()
-    if importer_of(path) is None:
-        with TraceFile(path, choice=chosen) as file:
-            if file.in_pieces:
-                file.header = named(file.header, model_id, path)
-                yield file
-                return
-    trace = load_trace(path, model_id=model_id)
-    trace = replace(trace, header=named(trace.header, model_id, path))
-    yield chosen_rows(trace, chosen).grouped()
+    try:
+        if importer_of(path) is None:
+            with TraceFile(path, choice=chosen) as file:
+                if file.in_pieces:
+                    file.header = named(file.header, model_id, path)
+                    yield file
+                    return
+        trace = load_trace(path, model_id=model_id)
+        trace = replace(trace, header=named(trace.header, model_id, path))
+        yield chosen_rows(trace, chosen).grouped()
+    except TraceError as error:  # one of several traces may be at fault: say which
+        if str(path) in str(error):
+            raise
+        raise type(error)(f"{path}: {error}") from error
 
 
 def named(header: TraceHeader, model_id: str | None, path: str | os.PathLike[str]) -> TraceHeader:

@@ -6,6 +6,7 @@ Optional: ``moe_blocks`` [L], ``domain`` [D] or [T], ``phase`` (one, or [T]), ``
 from __future__ import annotations
 
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -15,15 +16,30 @@ from swapless.trace.header import TraceHeader
 from swapless.trace.trace import Trace
 
 REQUIRED = ("expert_ids", "num_experts")
-OPTIONAL = ("offsets", "moe_blocks", "domain", "phase", "token_id", "gate_weights")
+_FORMS = {
+    "expert_ids": ((3,), "iu"),
+    "num_experts": ((0,), "iu"),
+    "offsets": ((1,), "iu"),
+    "moe_blocks": ((1,), "iu"),
+    "domain": ((1,), "Uiu"),
+    "phase": ((0, 1), "Uiu"),
+    "token_id": ((1,), "iu"),
+    "gate_weights": ((2, 3), "fiu"),
+}
+"""Dimensions and kinds of each array that there may be."""
 
 
 def matches(path: Path) -> bool:
-    """Whether ``path`` is a zip archive that holds ``expert_ids``."""
-    if not path.is_file() or not zipfile.is_zipfile(path):
+    """Whether ``path`` is a zip archive of arrays, whole or not."""
+    if not path.is_file():
         return False
+    with open(path, "rb") as file:
+        if file.read(4) != b"PK\x03\x04":
+            return False
+    if not zipfile.is_zipfile(path):
+        return True  # cut short: nothing else that we read begins so
     with zipfile.ZipFile(path) as archive:
-        return "expert_ids.npy" in archive.namelist()
+        return any(name.endswith(".npy") for name in archive.namelist())
 
 
 def load(path: Path, model_id: str | None = None) -> Trace:
@@ -39,23 +55,24 @@ def load(path: Path, model_id: str | None = None) -> Trace:
     try:
         with np.load(path, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
         raise TraceFormatError(message("Not an .npz archive of plain arrays.", where=path, got=str(error))) from error
     missing = [name for name in REQUIRED if name not in arrays]
-    unknown = [name for name in arrays if name not in (*REQUIRED, *OPTIONAL)]
+    unknown = [name for name in arrays if name not in _FORMS]
     if missing or unknown:
         got = f"missing {', '.join(missing) or 'none'}, unknown {', '.join(unknown) or 'none'}"
         raise TraceFormatError(message("The arrays of the archive are not those of a trace.", where=path, got=got))
+    for name, array in arrays.items():
+        dimensions, kinds = _FORMS[name]
+        if array.ndim not in dimensions or array.dtype.kind not in kinds:
+            what, got = f"{name} has the wrong shape or type.", f"{array.dtype} {array.shape}"
+            raise TraceFormatError(message(what, where=path, got=got, step="See docs/formats/trace.md."))
     ids = arrays["expert_ids"]
-    if ids.ndim != 3 or ids.dtype.kind not in "iu":
-        got = f"{ids.dtype} {ids.shape}"
-        raise TraceFormatError(message("expert_ids must be integers of shape [T, L, K].", where=path, got=got))
-    offsets = arrays.get("offsets", np.array([0, len(ids)]))
-    plain = offsets.ndim == 1 and offsets.dtype.kind in "iu"
-    steps = np.diff(offsets.astype(np.int64)) if plain else np.zeros(0, np.int64)
+    offsets = arrays.get("offsets", np.array([0, len(ids)])).astype(np.int64)
+    steps = np.diff(offsets)
     if len(steps) == 0 or offsets[0] != 0 or offsets[-1] != len(ids):
-        got = offsets[:8].tolist() if offsets.ndim == 1 else offsets.shape
-        raise TraceValueError(message("offsets must run from 0 to T.", where=path, got=got, allowed=f"0 to {len(ids)}"))
+        got, allowed = offsets[:8].tolist(), f"0 to {len(ids)}"
+        raise TraceValueError(message("offsets must run from 0 to T.", where=path, got=got, allowed=allowed))
     if steps.min() < 1:
         where = f"{path}, document {int(np.argmax(steps < 1))}"
         raise TraceValueError(message("A document without tokens, or offsets that fall.", where=where))

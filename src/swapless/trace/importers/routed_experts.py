@@ -86,7 +86,7 @@ def matches(path: Path) -> bool:
         start = file.readline(65536)
     try:
         first = json.loads(start)
-    except (UnicodeDecodeError, json.JSONDecodeError):
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError):
         return False
     return isinstance(first, dict) and set(_SHAPE) <= set(first)
 
@@ -101,29 +101,49 @@ def load(path: Path, model_id: str | None = None) -> Trace:
     ------
     TraceFormatError
         A line that is no such object, or bytes that do not fit the shape.
+    TraceMismatchError
+        Answers of more than one model, where the lines name it (``model``).
     """
-    lines = path.read_text(encoding="utf-8").splitlines()
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise TraceFormatError(message("Not UTF-8 text.", where=path, got=str(error))) from error
     shape = _object(lines[0] if lines else "", path, 1)
-    missing = [name for name in _SHAPE if not isinstance(shape.get(name), int)]
-    if missing:
-        raise TraceFormatError(message("The first line lacks the shape.", where=path, got=", ".join(missing)))
+    wrong = [name for name in _SHAPE if not (_is_int(shape.get(name)) and shape[name] > 0)]
+    if wrong:
+        what = "The first line lacks the shape."
+        raise TraceFormatError(message(what, where=path, got=", ".join(wrong), allowed="ints of at least 1"))
+    named = model_id or shape.get("model_id")
     answers, prompts = [], []
     for number, text in enumerate(lines[1:], start=2):
         if not text.strip():
             continue
-        line = _object(text, path, number)
+        line, where = _object(text, path, number), f"{path}, line {number}"
         inner = {**line, **line["meta_info"]} if isinstance(line.get("meta_info"), dict) else line
-        answers.append(_decoded(inner.get("routed_experts"), shape, f"{path}, line {number}"))
-        prompts.append(min(len(answers[-1]), int(inner.get("prompt_tokens", len(answers[-1])))))
-    return from_routed_experts(
-        answers, num_experts=shape["num_experts"], prompt_tokens=prompts, model_id=model_id or shape.get("model_id")
-    )
+        answer = _decoded(inner.get("routed_experts"), shape, where)
+        if len(answer) == 0:
+            raise TraceValueError(message("A document without tokens.", where=where))
+        prompt = inner.get("prompt_tokens", len(answer))
+        if not _is_int(prompt) or prompt < 0:
+            raise TraceFormatError(message("prompt_tokens is no count.", where=where, got=repr(prompt)))
+        named = named or inner.get("model")
+        if inner.get("model", named) != named:
+            what = "Answers of different models."
+            raise TraceMismatchError(message(what, where=where, got=repr(inner["model"]), allowed=repr(named)))
+        answers.append(answer)
+        # The last token of an answer never ran, so a prompt may be one longer than its rows.
+        prompts.append(min(len(answer), prompt))
+    return from_routed_experts(answers, num_experts=shape["num_experts"], prompt_tokens=prompts, model_id=named)
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _object(text: str, path: Path, number: int) -> dict[str, Any]:
     try:
         value = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise TraceFormatError(message("Not a JSON line.", where=f"{path}, line {number}", got=str(error))) from error
     if not isinstance(value, dict):
         raise TraceFormatError(message("A line must be an object.", where=f"{path}, line {number}", got=type(value).__name__))
@@ -144,6 +164,8 @@ def _decoded(value: Any, shape: dict[str, Any], where: str) -> np.ndarray:
         array = np.asarray(value)
     except ValueError as error:
         raise TraceFormatError(message("routed_experts is ragged.", where=where, got=str(error))) from error
+    if value == []:
+        return np.zeros((0, shape["num_blocks"], shape["top_k"]), np.int32)
     if array.ndim != 3 or array.dtype.kind not in "iu" or array.shape[1:] != (shape["num_blocks"], shape["top_k"]):
         got = f"{array.dtype} {array.shape}"
         raise TraceFormatError(message("routed_experts does not fit the shape.", where=where, got=got))
