@@ -24,9 +24,11 @@ VERBS = {
     "run": "swapless.cli.run:run",
     "info": "swapless.cli.info:info",
     "verify": "swapless.cli.verify:verify",
+    "pack": "swapless.cli.pack:pack",
     "record": "swapless.cli.record:record",
     "locality": "swapless.cli.locality:locality",
     "simulate": "swapless.cli.simulate:simulate",
+    "predict": "swapless.cli.predict:VERBS",
     "demo": "swapless.cli.demo:demo",
 }
 
@@ -75,7 +77,14 @@ def _guarded(verb: Callable[..., Any]) -> Callable[..., Any]:
 def _register() -> None:
     for name, target in VERBS.items():
         module, _, function = target.partition(":")
-        app.command(name)(_guarded(getattr(import_module(module), function)))
+        found = getattr(import_module(module), function)
+        if callable(found):
+            app.command(name)(_guarded(found))
+            continue
+        group = typer.Typer(help=import_module(module).__doc__, no_args_is_help=True, rich_markup_mode=None)
+        for verb, call in found.items():
+            group.command(verb)(_guarded(call))
+        app.add_typer(group, name=name)
 
 
 _register()

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
+from swapless.errors import UsageError, message
 from swapless.registry import Registry
+
+if TYPE_CHECKING:
+    from swapless.predict.predictor import Predictor
 
 PREDICTORS = Registry(
     "predictor",
@@ -19,4 +25,22 @@ PREDICTORS = Registry(
     },
 )
 
-__all__ = ["PREDICTORS"]
+__all__ = ["PREDICTORS", "make_predictor"]
+
+
+def make_predictor(kind: str, **options: Any) -> Predictor:
+    """An unfitted predictor of a registered kind.
+
+    Raises
+    ------
+    UnknownNameError
+        No such kind; the message lists the known ones.
+    UsageError
+        An option that it does not take, or a value that cannot be.
+    """
+    found = PREDICTORS.get(kind)
+    try:
+        made: Predictor = found(**options)
+    except TypeError as error:
+        raise UsageError(message(f"The predictor {kind!r} cannot be made so.", got=str(error))) from error
+    return made

@@ -54,7 +54,7 @@ class Eam(Predictor):
         offsets = trace.document_offsets
         matrices = np.zeros((len(offsets) - 1, self.share_.size), np.float32)
         add_routing(matrices, np.repeat(np.arange(len(matrices)), np.diff(offsets)), trace.expert_ids, trace.num_experts)
-        self.matrices_ = _kept(matrices, self.capacity, progress)
+        self.matrices_ = kept_rows(matrices, self.capacity, progress)
         self.fitted_ = Fitted.of(trace)
         return self
 
@@ -62,7 +62,7 @@ class Eam(Predictor):
         """K times the nearest matrices' share of each expert, at most 1."""
         self.require_fitted()
         scores = np.empty((len(trace), *self.share_.shape), np.float32)
-        unit = _unit(self.matrices_)
+        unit = unit_rows(self.matrices_)
         for start, end in itertools.pairwise(trace.document_offsets.tolist()):
             carried = np.zeros(self.share_.size, np.float32)
             for first in range(start, end, _ROWS):
@@ -78,12 +78,12 @@ class Eam(Predictor):
         whole = np.cumsum(chosen.reshape(len(ids), -1), axis=0)
         before = carried + np.vstack([np.zeros_like(whole[:1]), whole[:-1]])
         closeness = before @ unit.T
-        evidence = before.any(axis=1)
+        evidence = before.sum(axis=1) > 0
         known = 0
         for layer in range(layers):
             for new in range(known, known_layers(layer, lead)):
                 closeness += chosen[:, new] @ unit[:, new * experts : (new + 1) * experts].T
-                evidence |= chosen[:, new].any(axis=1)
+                evidence |= chosen[:, new].sum(axis=1) > 0
             known = max(known, known_layers(layer, lead))
             rows = self.matrices_[:, layer * experts : (layer + 1) * experts]
             if self.neighbours == 1:
@@ -109,17 +109,17 @@ class Eam(Predictor):
         return made
 
 
-def _unit(rows: np.ndarray) -> np.ndarray:
+def unit_rows(rows: np.ndarray) -> np.ndarray:
     """Rows scaled to length 1."""
     return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-9)
 
 
-def _kept(rows: np.ndarray, capacity: int, progress: Progress) -> np.ndarray:
+def kept_rows(rows: np.ndarray, capacity: int, progress: Progress) -> np.ndarray:
     """The rows left when each one beyond ``capacity`` replaces the closest one of those kept."""
     kept = rows[:capacity].copy()
-    unit = _unit(kept)
+    unit = unit_rows(kept)
     for number in range(capacity, len(rows)):
-        new = _unit(rows[number : number + 1])[0]
+        new = unit_rows(rows[number : number + 1])[0]
         place = int((unit @ new).argmax())
         kept[place], unit[place] = rows[number], new
         if number % 256 == 0:

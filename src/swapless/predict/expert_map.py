@@ -9,7 +9,7 @@ import numpy as np
 
 from swapless.errors import PredictorMismatchError, UsageError, message
 from swapless.predict._kernels import multi_hot
-from swapless.predict.eam import _kept, _unit
+from swapless.predict.eam import kept_rows, unit_rows
 from swapless.predict.popularity import popularity
 from swapless.predict.predictor import Fitted, Lead, Predictor, Progress, known_layers, quiet, token_kind
 from swapless.predict.vocabulary import column, letter_groups
@@ -22,7 +22,7 @@ _BUCKETS = 512
 
 @final
 class ExpertMap(Predictor):
-    """Maps (L, E) of training tokens. A layer whose token has no known layer yet is looked up by text, the others by the layers known.
+    """Maps (L, E) of training tokens, looked up by text where no layer of the current token is known, else by those layers.
 
     Parameters
     ----------
@@ -64,7 +64,7 @@ class ExpertMap(Predictor):
         offered = trace.rows(rows)
         maps = self._maps(offered).reshape(len(rows), -1)
         places = np.arange(len(rows), dtype=np.float32)[:, None]
-        kept = _kept(np.hstack([maps, places * 1e-12]), self.capacity, progress)  # the place rides along, weightless
+        kept = kept_rows(np.hstack([maps, places * 1e-12]), self.capacity, progress)  # the place rides along, weightless
         chosen = np.rint(kept[:, -1] * 1e12).astype(np.int64)
         self.maps_ = maps[chosen]
         self.texts_ = _texts(offered.rows(chosen), kind)
@@ -139,4 +139,4 @@ def _texts(trace: Trace, kind: Any) -> np.ndarray:
         groups[:, :2] = np.array(words, np.int64)[:, None] % _BUCKETS
     vectors = np.zeros((len(words), _BUCKETS + 1), np.float32)
     np.add.at(vectors, (np.arange(len(words))[:, None], groups), 1)
-    return _unit(vectors[:, :_BUCKETS])
+    return unit_rows(vectors[:, :_BUCKETS])

@@ -29,8 +29,8 @@ _HALF = np.float32(0.5)
 class Inputs:
     """Rows of tokens as a model takes them.
 
-    ``words`` int64 (n,); ``blocks`` float32 (BLOCKS, n, L, E); ``scalars`` float32 (n, SCALARS); ``chosen`` uint8 (n, L, E), the
-    routing of the rows themselves; ``document`` int64 (n,) which text, numbered as the caller likes.
+    ``words`` int64 (n,); ``blocks`` float32 (BLOCKS, n, L, E); ``scalars`` float32 (n, SCALARS); ``chosen`` uint8 (n, L, E) the
+    routing of the rows themselves; ``document`` int64 (n,) which text, as the caller numbers it.
     """
 
     words: np.ndarray
@@ -91,14 +91,16 @@ class TokenMemory:
         numbers = np.empty((3, rows), np.float32)
         distinct, inverse = np.unique(words, return_inverse=True)
         inverse[words <= 0] = -1  # different unknown texts share one index, so they tell nothing about each other
-        smooth = self.smooth
         keys = pairs(words, np.zeros(rows, np.int64))
-        tables = []
+        tables: list[Any] = []
         for table, key in ((self.single, words), (self.pair, keys)):
             tables.append((table.find(key), table.totals, table.counts))
         for table, key in ((self.single, words), (self.pair, keys)):
             tables.append(_own(key, ids, experts) if own else (np.full(rows, -1, np.int64), table.totals, table.counts))
-        document_blocks(ids, experts, FADES, smooth, inverse, len(distinct), *tables, blocks, numbers)
+        single, pair, own_single, own_pair = tables
+        document_blocks(
+            ids, experts, FADES, self.smooth, inverse, len(distinct), single, pair, own_single, own_pair, blocks, numbers
+        )
         chosen = np.zeros((rows, layers, experts), np.uint8)
         multi_hot(ids, experts, chosen)
         blocks = blocks.reshape(BLOCKS, rows, layers, experts)

@@ -1,4 +1,4 @@
-"""How good scores are: recall and precision at widths, average precision, calibration, exact sets; and the published paper's own.
+"""How good scores are: recall and precision at widths, average precision, calibration, exact sets; the published paper's own.
 
 All counts are sums over (token, MoE layer) pairs, so that pieces of a trace can be measured one after the other.
 """
@@ -97,7 +97,7 @@ class Tally:
         """What has no width of its own: average precision, exact sets, calibration, positions, domains, the paper's."""
         count, said, true = self.bins
         used = count > 0
-        gap = np.abs(said[used] - true[used]).sum() / count.sum() if used.any() else None
+        gap = float(np.abs(said[used] - true[used]).sum() / count.sum()) if used.any() else None
         ends = (*POSITIONS[1:], None)
         positions = [
             {"first": first, "end": end, "recall": _share(hit, asked), "tokens": int(tokens)}
@@ -114,8 +114,8 @@ class Tally:
             "exact_set_rate": _share(self.exact, self.pairs),
             "calibration_error": gap,
             "calibration": [
-                {"said": said[b] / count[b], "chosen": true[b] / count[b], "share": count[b] / count.sum()}
-                for b in np.flatnonzero(used)
+                {name: float(value) for name, value in zip(("said", "chosen", "share"), row)}
+                for row in np.stack([said[used] / count[used], true[used] / count[used], count[used] / count.sum()], 1)
             ],
             "positions": positions,
             "domains": domains,

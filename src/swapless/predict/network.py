@@ -133,15 +133,15 @@ class Network(nn.Module):
         self.gain = nn.Parameter(torch.ones(layers, width))
         self.shift = nn.Parameter(torch.zeros(layers, width))
         self.read = nn.Parameter(torch.randn(layers, width, experts) * 0.5 * width**-0.5)
-        self.near = nn.Parameter(torch.zeros(shape.near, layers, experts, experts))
+        self.near = nn.Parameter(torch.zeros(shape.near, layers, shape.near * experts, experts))
 
     def context(
         self, words_N: Tensor, groups_N: Tensor, blocks_LNX: Tensor, scalars_NS: Tensor, document_N: Tensor, drop: float = 0.0
     ) -> tuple[Tensor, Tensor]:
         """State (N, D) and base logits (L, N, E) before each token.
 
-        ``groups_N`` (N, MOST_GROUPS) letter groups; ``blocks_LNX`` (L, N, BLOCKS*E) as :class:`~swapless.predict.features.Inputs`
-        has them, block-major.
+        ``groups_N`` (N, MOST_GROUPS) letter groups; ``blocks_LNX`` (L, N, BLOCKS*E) the blocks of
+        :class:`~swapless.predict.features.Inputs` side by side.
         """
         layers, rows, experts = blocks_LNX.shape[0], blocks_LNX.shape[1], self.shape.num_experts
         parts = blocks_LNX.view(layers, rows, BLOCKS, experts)
@@ -184,10 +184,12 @@ class Network(nn.Module):
         read = self.gain[gap][:, :, None] * self.read
         base_LNE = base_LNE + torch.bmm(self.shift[gap][:, None], self.read)
         logits = torch.baddbmm(base_LNE, seen_LND.index_select(0, known_L), read)
-        near = ((gap < self.shape.near) & (known_L > 0)).nonzero().flatten()
-        if len(near):
-            added = torch.bmm(chosen_LNE.index_select(0, known_L[near] - 1), self.near[gap[near], near])
-            logits = logits.index_add(0, near, added)
+        for back in range(self.shape.near):  # the choices of the latest known layers, straight into the nearest ones asked for
+            near = ((gap < self.shape.near) & (known_L > back)).nonzero().flatten()
+            if len(near):
+                rows = slice(back * chosen_LNE.shape[2], (back + 1) * chosen_LNE.shape[2])
+                added = torch.bmm(chosen_LNE.index_select(0, known_L[near] - 1 - back), self.near[gap[near], near, rows])
+                logits = logits.index_add(0, near, added)
         return logits
 
 

@@ -174,7 +174,8 @@ class Fitted:
             raise PredictorMismatchError(message(what, step="Record the trace with them, or use a predictor that needs none."))
         if named:
             return None
-        return f"The {'trace' if self.model_id else 'predictor'} names no model; it is taken for {self.model_id or header.model_id}."
+        side, taken = ("trace", self.model_id) if self.model_id else ("predictor", header.model_id)
+        return f"The {side} names no model; shapes agree, and it is taken for {taken or 'the same one'}."
 
 
 class Predictor(ABC):

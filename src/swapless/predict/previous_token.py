@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from typing import Any, Self, final
 
@@ -40,7 +41,7 @@ class PreviousToken(Predictor):
         layers, experts = self.share_.shape
         scores = np.empty((len(trace), layers * experts), np.float32)
         offsets, fade = trace.document_offsets, np.array([self.fade], np.float32)
-        for start, end in zip(offsets[:-1], offsets[1:]):
+        for start, end in itertools.pairwise(offsets.tolist()):
             before = np.zeros((end - start, layers * experts), np.float32)
             document_past(trace.expert_ids[start:end], experts, fade, before, scores[None, start:end])
             left = fade[0] ** np.arange(end - start, dtype=np.float32)

@@ -24,40 +24,9 @@ from swapless.manifest import write_whole
 from swapless.predict.batches import Batch, Documents
 from swapless.predict.network import Network
 from swapless.predict.predictor import Lead, Progress, known_layers
+from swapless.predict.recipe import Recipe
 
 HELD_LEADS: tuple[Lead, ...] = (1, 3, "token")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Recipe:
-    """How to train; a checkpoint of another recipe is refused.
-
-    Parameters
-    ----------
-    epochs : int
-        Passes over the training documents; the learning rate falls to zero at the end of the last.
-    minutes : float or None
-        Choose ``epochs`` so that training takes about this long, from the speed of the first steps.
-    batch_tokens, learning_rate, weight_decay, dropout, unknown : number
-        ``unknown`` is the share of tokens shown as if never seen.
-    held_out : float
-        Share of the documents, the last ones, that only early stopping sees.
-    patience : int
-        Epochs without a better recall on them before training stops.
-    seed : int
-        Of all randomness.
-    """
-
-    epochs: int = 12
-    minutes: float | None = None
-    batch_tokens: int = 1024
-    learning_rate: float = 2e-3
-    weight_decay: float = 0.05
-    dropout: float = 0.1
-    unknown: float = 0.05
-    held_out: float = 0.04
-    patience: int = 5
-    seed: int = 0
 
 
 @dataclass(slots=True)
@@ -123,7 +92,7 @@ def train(
     kept = range(documents.count - held)
     optimizer = torch.optim.AdamW(_groups(network, recipe), lr=recipe.learning_rate, betas=(0.9, 0.98), fused=True)
     identity = json.dumps({**asdict(recipe), "network": network.shape.settings(), "of": identity}, sort_keys=True)
-    course = Course(epochs=recipe.epochs if recipe.minutes is None else None)
+    course = Course(epochs=None if recipe.minutes else recipe.epochs)
     if checkpoint is not None and Path(checkpoint).exists():
         _resume(checkpoint, network, optimizer, course, identity)
     begun, saved = time.monotonic() - course.seconds, time.monotonic()
@@ -136,7 +105,7 @@ def train(
         for number in range(place, len(plan)):
             if course.epochs is None and (course.step == TIMING_STEPS):
                 a_step = (time.monotonic() - begun) / course.step
-                course.epochs = max(1, int(recipe.minutes * 60 / (a_step * a_epoch * (1 + recipe.held_out))))  # type: ignore[operator]
+                course.epochs = max(1, int(recipe.minutes * 60 / (a_step * a_epoch * (1 + recipe.held_out))))
             total = a_epoch * (course.epochs or 1 << 20)
             rng = np.random.default_rng([recipe.seed, 1, course.step])
             torch.manual_seed(int(rng.integers(1 << 62)))

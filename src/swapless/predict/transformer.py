@@ -11,6 +11,7 @@ import numpy as np
 from swapless.errors import TraceValueError, message
 from swapless.predict.features import TokenMemory
 from swapless.predict.predictor import Fitted, Lead, Predictor, Progress, quiet, token_kind
+from swapless.predict.recipe import Recipe
 from swapless.predict.vocabulary import Vocabulary
 from swapless.trace import Trace
 
@@ -28,7 +29,7 @@ class Transformer(Predictor):
     Parameters
     ----------
     epochs, minutes, seed, ...
-        As :class:`swapless.predict.training.Recipe` has them.
+        As :class:`swapless.predict.recipe.Recipe` has them.
     sizes : dict, optional
         As :class:`swapless.predict.network.NetworkShape` has them: ``width``, ``hidden``, ``window``, ...
     checkpoint : path, optional
@@ -43,7 +44,7 @@ class Transformer(Predictor):
     reads_tokens = True
 
     def __init__(self, *, sizes: Mapping[str, int] | None = None, checkpoint: Any = None, **recipe: Any) -> None:
-        self.sizes, self.checkpoint, self.recipe = dict(sizes or {}), checkpoint, recipe
+        self.sizes, self.checkpoint, self.recipe = dict(sizes or {}), checkpoint, Recipe(**recipe)
 
     def fit(self, trace: Trace, *, progress: Progress = quiet) -> Self:
         """Train on whole documents; the last ones only decide when to stop."""
@@ -51,12 +52,12 @@ class Transformer(Predictor):
 
         from swapless.predict.batches import Documents
         from swapless.predict.network import Network, NetworkShape
-        from swapless.predict.training import Recipe, train
+        from swapless.predict.training import train
 
         kind = token_kind(trace)
         if not len(trace):
             raise TraceValueError(message("A predictor cannot learn from an empty trace.", got="0 tokens"))
-        recipe = Recipe(**self.recipe)
+        recipe = self.recipe
         trace = trace.grouped()
         progress("counting", 0.0)
         memory = TokenMemory.of(trace, Vocabulary.of(trace, kind))
