@@ -26,6 +26,13 @@ FIELDS = {
     "stall_s": float,
     "compute_s": float,
     "stall_share": float,
+    "prefetch_reads": int,
+    "prefetch_useful": int,
+    "prefetch_late": int,
+    "prefetch_wasted": int,
+    "prefetch_tokens": int,
+    "prefetch_on": bool,
+    "prefetch_recall": dict,
     "peak_memory_bytes": int,
     "peak_memory_source": str,
     "memory_budget_bytes": int,
@@ -66,6 +73,13 @@ def test_the_text_is_the_reference_text_and_the_summary_stands_aside(run, refere
     assert done.stdout == reference + "\n"
     for word in ("tok/s", "hit rate", "read a token", "waiting for reads", "peak memory"):
         assert word in done.stderr
+
+
+def test_reading_ahead_changes_nothing_but_the_reads(run, reference):
+    done = run("--prompt", PROMPT, "--prefetch", "gate")
+    assert done.exit_code == 0, done.stderr
+    assert done.stdout == reference + "\n"
+    assert "read ahead" in done.stderr and "at lead 1" in done.stderr
 
 
 def test_json_is_one_document_with_every_field(run, reference, checkpoint):

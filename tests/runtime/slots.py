@@ -29,12 +29,15 @@ def assert_no_slot_lies(model: Any, plain: Any) -> None:
     for (moe_layer, expert), slot in where.items():
         assert residency.key_of_slot[slot] == moe_layer * model.swapless._cache.num_experts + expert
         experts = plain.model.layers[moe_layer].mlp.experts
-        for name, tensor in model.swapless._pool.parameters(moe_layer, slot).items():
+        block = model.swapless._fetcher.block(slot)
+        for name, tensor in model.swapless._pool.parameters(moe_layer, block).items():
             assert torch.equal(tensor, getattr(experts, name)[expert]), f"MoE layer {moe_layer}, expert {expert}, {name}"
+    blocks = [model.swapless._fetcher.block(slot) for slot in range(model.swapless.budget.slots)]
+    assert len(set(blocks)) == len(blocks), "two slots share a block"
     pools = len(residency.free_count)
     for pool in range(pools):
         first, end = residency.pool_start[pool], residency.pool_start[pool + 1]
         free = residency.free_slots[first : first + residency.free_count[pool]].tolist()
         taken = [slot for slot in where.values() if first <= slot < end]
         assert sorted([*free, *taken]) == list(range(first, end)), "a slot is lost, or free and taken"
-    assert model.swapless._loader.outstanding == 0
+    assert model.swapless._fetcher._loader.outstanding == 0

@@ -197,6 +197,10 @@ class ExpertCache:
         )
         return Served(experts, tokens[:n], self._hit[:n], slot[:n], wave[:n], waves)
 
+    def resident(self, moe_layer: int, expert: int) -> bool:
+        """Whether an expert is in a slot now."""
+        return bool(self.residency.slot_of_key[moe_layer * self.num_experts + expert] >= 0)
+
     def forget(self, moe_layer: int, experts: np.ndarray) -> None:
         """Drop experts whose bytes never arrived, so that a failed read leaves no slot that lies."""
         residency = self.residency

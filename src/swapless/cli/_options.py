@@ -83,6 +83,10 @@ Policy = Annotated[
         "--policy", metavar="NAME", parser=checked(_policy, "NAME"), help="Which expert to drop for a new one: lru, lfu, ..."
     ),
 ]
+Prefetch = Annotated[
+    str | None,
+    typer.Option(metavar="KIND", help="Read ahead: 'gate' asks the next MoE layer's router in advance, 'gate:2' the next two."),
+]
 Seed = Annotated[int, typer.Option(metavar="N", min=0, help="Seed of the sampling.")]
 Threads = Annotated[int | None, typer.Option(metavar="N", min=1, help="Threads to compute with.", show_default="all cores")]
 Context = Annotated[int | None, typer.Option(min=1, metavar="TOKENS", help="Most tokens of prompt and answer together.")]

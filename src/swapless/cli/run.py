@@ -34,6 +34,7 @@ def run(
     threads: options.Threads = None,
     context: options.Context = None,
     policy: options.Policy = "lru",
+    prefetch: options.Prefetch = None,
     record: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the routing as a trace (.parquet).")] = None,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
@@ -55,7 +56,7 @@ def run(
     )
     out = Out(as_json=as_json, quiet=quiet)
     budget = {"memory": memory, "resident": resident} if memory or resident else {"memory": "auto"}
-    with open_model(checkpoint, out, threads=threads, policy=policy, context=context, **budget) as model:
+    with open_model(checkpoint, out, threads=threads, policy=policy, prefetch=prefetch, context=context, **budget) as model:
         tokenizer = open_tokenizer(checkpoint)
         if text is None:
             from swapless.cli.chat import talk

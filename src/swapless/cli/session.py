@@ -184,6 +184,7 @@ def measured(reply: Reply, engine: Any) -> dict[str, Any]:
         "stall_s": stats["stall_s"],
         "compute_s": stats["compute_s"],
         "stall_share": stats["stall_s"] / reply.total_s if reply.total_s else None,
+        **{name: value for name, value in stats.items() if name.startswith("prefetch_")},
         "peak_memory_bytes": stats["peak_memory_bytes"],
         "peak_memory_source": stats["peak_memory_source"],
         "memory_budget_bytes": engine.budget.total_bytes,
@@ -200,11 +201,22 @@ def summarise(figures: dict[str, Any], out: Out) -> None:
         ("speed", f"{rate(figures['tokens_per_s'])} tok/s, first token after {seconds(figures['first_token_s'])}"),
         ("hit rate", share(figures["hit_rate"])),
         ("read a token", size(figures["bytes_read_per_token"])),
+        *ahead_line(figures),
         ("waiting for reads", f"{share(figures['stall_share'])} of the time"),
         ("peak memory", f"{size(figures['peak_memory_bytes'])}{budget} ({source})"),
     ]
     out.note()
     out.facts(lines, aside=True)
+
+
+def ahead_line(figures: dict[str, Any]) -> list[tuple[str, str]]:
+    """What reading ahead came to, where it was asked for."""
+    if not figures["prefetch_tokens"]:
+        return []
+    reads = ", ".join(f"{figures[f'prefetch_{kind}']} {kind}" for kind in ("useful", "late", "wasted"))
+    foreseen = ", ".join(f"{share(value)} at lead {lead}" for lead, value in figures["prefetch_recall"].items())
+    on = "on" if figures["prefetch_on"] else "off again, as it did not pay"
+    return [("read ahead", f"{figures['prefetch_reads']} experts: {reads}; foreseen {foreseen or '-'}; {on}")]
 
 
 def rate(value: float | None) -> str:

@@ -25,7 +25,8 @@ _SLACK_BYTES = 24 << 20
 class Budget:
     """Where the bytes go. ``parts`` sum to at most ``total_bytes``; ``floor_bytes`` is the smallest total that works.
 
-    ``slots`` counts expert slots without the staging ones; ``token_cycle_bytes`` is what one decoded token asks for
+    ``slots`` counts expert slots of the cache; ``staging_slots`` serve prefill, ``ahead_slots`` what is read ahead;
+    ``token_cycle_bytes`` is what one decoded token asks for
     (L * K experts), below which a cache can keep nothing from one token to the next.
     """
 
@@ -34,6 +35,7 @@ class Budget:
     floor_bytes: int
     slots: int
     staging_slots: int
+    ahead_slots: int
     slot_bytes: int
     expert_bytes: int
     num_experts_total: int
@@ -61,6 +63,7 @@ def plan_budget(
     num_experts_total: int,
     experts_a_token: int,
     context_tokens: int,
+    ahead_slots: int = 0,
 ) -> Budget:
     """Divide a budget, or find the one that a resident share needs.
 
@@ -78,27 +81,31 @@ def plan_budget(
         L * E and L * K.
     context_tokens : int
         The context that the parts were calculated for.
+    ahead_slots : int
+        Slots beside the cache for what is read ahead; none are needed where every expert is resident.
 
     Raises
     ------
     BudgetError
-        The budget is below its floor: the fixed parts, one slot and the staging slots.
+        The budget is below its floor: the fixed parts, one slot, the staging slots and those for reading ahead.
     """
     fixed = dict(fixed_parts) | {"slack": _SLACK_BYTES}
     fixed_bytes = sum(fixed.values())
     staging = min(STAGING_SLOTS, num_experts_total)
-    floor = fixed_bytes + (1 + staging) * slot_bytes
+    beside = staging + ahead_slots
+    floor = fixed_bytes + (1 + beside) * slot_bytes
     if total_bytes is None:
         assert resident_share is not None, "either a budget or a share is given"
         slots = max(1, int(resident_share * num_experts_total + 1e-9))
-        staging = 0 if slots == num_experts_total else staging
-        total_bytes = fixed_bytes + (slots + staging) * slot_bytes
+        if slots == num_experts_total:
+            staging = ahead_slots = 0
+        total_bytes = fixed_bytes + (slots + staging + ahead_slots) * slot_bytes
     else:
         slots = (total_bytes - fixed_bytes) // slot_bytes
         if slots >= num_experts_total:
-            slots, staging = num_experts_total, 0
+            slots, staging, ahead_slots = num_experts_total, 0, 0
         else:
-            slots -= staging
+            slots -= beside
         if slots < 1:
             parts = ", ".join(f"{name} {format_size(size)}" for name, size in fixed.items())
             raise BudgetError(
@@ -106,7 +113,7 @@ def plan_budget(
                     "The memory budget is too small for this model.",
                     got=f"{format_size(total_bytes)} ({total_bytes} bytes)",
                     allowed=f"at least {format_size(floor)} ({floor} bytes): {parts}, "
-                    f"and {1 + staging} experts of {format_size(slot_bytes)}",
+                    f"and {1 + beside} experts of {format_size(slot_bytes)}",
                     step="Raise --memory, or lower --context.",
                 )
             )
@@ -118,10 +125,11 @@ def plan_budget(
         )
     return Budget(
         total_bytes=total_bytes,
-        parts=fixed | {"staging": staging * slot_bytes, "slots": slots * slot_bytes},
+        parts=fixed | {"staging": staging * slot_bytes, "ahead": ahead_slots * slot_bytes, "slots": slots * slot_bytes},
         floor_bytes=floor,
         slots=slots,
         staging_slots=staging,
+        ahead_slots=ahead_slots,
         slot_bytes=slot_bytes,
         expert_bytes=expert_bytes,
         num_experts_total=num_experts_total,

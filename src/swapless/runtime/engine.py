@@ -15,11 +15,12 @@ import numpy as np
 import torch
 
 from swapless.cache.serve import ExpertCache, Served
-from swapless.errors import ClosedError, ReadError, UnsupportedOperationError, message
+from swapless.errors import ClosedError, UnsupportedOperationError, message
 from swapless.notation import Phase
+from swapless.runtime.ahead import Lookahead
 from swapless.runtime.budget import Budget
 from swapless.runtime.compute import Routed, accumulator, expert_output, routed
-from swapless.runtime.loader import Loader, Read
+from swapless.runtime.fetch import Fetcher
 from swapless.runtime.memory import MemoryMeter
 from swapless.runtime.pool import SlotPool
 from swapless.runtime.routers import RouterTap
@@ -53,16 +54,15 @@ class Engine:
         probe: Probe,
         meter: MemoryMeter,
         routing: RoutingLog,
+        lookahead: Lookahead | None = None,
     ) -> None:
         self.budget = budget
         self.probe = probe
-        self._store = store
         self._cache = cache
         self._pool = pool
         self._meter = meter
         self._routing = routing
-        self._loader = Loader(store.read_part, store.parts, pool.bytes_of, store.bounce_buffer, probe.depth)
-        self._staging = list(range(budget.slots, budget.slots + budget.staging_slots))
+        self._fetcher = Fetcher(store, pool, budget, probe.depth, lookahead, cache.resident)
         self._phase = Phase.PREFILL
         self._step_started: float | None = None
         self._under_way: tuple[int, np.ndarray] | None = None
@@ -73,7 +73,9 @@ class Engine:
 
     def stats(self) -> Stats:
         """Counters since the load or the last :meth:`reset_stats`."""
-        counts = dict(self._counts)
+        counts = self._counts | self._fetcher.counts
+        if self._fetcher.prefetcher is not None:
+            counts |= self._fetcher.prefetcher.figures()
         return Stats(
             **counts,
             first_token_s=self._first_token_s,
@@ -85,6 +87,7 @@ class Engine:
         """Start counting afresh; cache and trace stay as they are. The peak of memory is of the process and stays too."""
         self._counts: dict[str, Any] = defaultdict(int)
         self._first_token_s: float | None = None
+        self._fetcher.reset_counts()
 
     def trace(self) -> Trace:
         """The routing so far, in the trace format."""
@@ -104,8 +107,7 @@ class Engine:
         if self._closed:
             return
         self._closed = True
-        self._loader.close()
-        self._store.close()
+        self._fetcher.close()
         self._pool.close()
         self._peak = self._meter.peak_bytes()
         self._meter.close()
@@ -124,8 +126,10 @@ class Engine:
             raise ClosedError(message("The model was closed.", step="Load it again with swapless.load."))
         self._phase = step.phase
         self._routing.begin(step)
+        if self._fetcher.prefetcher is not None and step.phase is Phase.PREFILL:
+            self._fetcher.prefetcher.reads.pass_by()
         self._step_rows = int(step.valid.sum())
-        self._stalled_before = self._counts["stall_s"]
+        self._stalled_before = self._fetcher.counts["stall_s"]
         self._step_started = time.perf_counter()
 
     def end_step(self) -> None:
@@ -136,13 +140,15 @@ class Engine:
         self._step_started = None
         self._routing.end()
         counts = self._counts
-        stall = counts["stall_s"] - self._stalled_before
+        stall = self._fetcher.counts["stall_s"] - self._stalled_before
         counts["steps"] += 1
         counts["compute_s"] += seconds - stall
         counts[f"{self._phase.label}_tokens"] += self._step_rows
         counts[f"{self._phase.label}_s"] += seconds
         if self._phase is Phase.DECODE:
             counts["decode_stall_s"] += stall
+            if self._fetcher.prefetcher is not None:
+                self._fetcher.prefetcher.token_done(seconds)
         else:
             self._first_token_s = seconds
 
@@ -165,13 +171,18 @@ class Engine:
             self._come_to_rest()  # a call was cut off while it came to rest: a second Ctrl-C
         self._under_way = moe_layer, ids
         counts = self._counts
-        before = counts["reads"], counts["bytes_read"]
+        fetched = self._fetcher.counts
+        before = fetched["reads"], fetched["bytes_read"]
         try:
             self._routing.add(moe_layer, ids_TK, weights_TK)
             served = self._cache.request(moe_layer, ids, self._phase)
+            if self._fetcher.prefetcher is not None:
+                self._fetcher.collect()
+                decode = self._phase is Phase.DECODE
+                self._fetcher.prefetcher.chosen(moe_layer, ids_TK, served.experts.tolist(), decode=decode)
             tokens = routed(hidden_TD, ids, weights_TK)
             if self._phase is Phase.DECODE:
-                out = self._decode(module, moe_layer, served, tokens, accumulator(module, hidden_TD, weights_TK))
+                out = self._decode(module, moe_layer, served, tokens, accumulator(module, hidden_TD, weights_TK), hidden_TD)
             else:
                 out = self._prefill(module, moe_layer, served, tokens, accumulator(module, hidden_TD, weights_TK))
             self._under_way = None
@@ -183,30 +194,48 @@ class Engine:
             counts["requests"] += len(served.experts)
             counts["hits"] += int(served.hit.sum())
             counts["waves"] += served.waves
-            counts["decode_reads"] += counts["reads"] - before[0]
-            counts["decode_bytes_read"] += counts["bytes_read"] - before[1]
+            counts["decode_reads"] += fetched["reads"] - before[0]
+            counts["decode_bytes_read"] += fetched["bytes_read"] - before[1]
         return out.to(hidden_TD.dtype)
 
-    def _decode(self, module: Any, moe_layer: int, served: Served, tokens: Routed, out_TD: torch.Tensor) -> torch.Tensor:
+    def _decode(
+        self,
+        module: Any,
+        moe_layer: int,
+        served: Served,
+        tokens: Routed,
+        out_TD: torch.Tensor,
+        hidden_TD: torch.Tensor,
+    ) -> torch.Tensor:
         slot_of = dict(zip(served.experts.tolist(), served.slot.tolist(), strict=True))
         waves: list[list[int]] = [[] for _ in range(served.waves)]
-        residents: list[int] = []
+        here: list[int] = []
         for expert, hit, wave in zip(served.experts.tolist(), served.hit.tolist(), served.wave.tolist(), strict=True):
-            (residents if hit else waves[wave]).append(expert)
+            (here if hit else waves[wave]).append(expert)
         outputs: dict[int, torch.Tensor] = {}
+        prefetcher = self._fetcher.prefetcher
 
         def compute(expert: int) -> None:
-            weights = self._pool.parameters(moe_layer, slot_of[expert])
+            weights = self._pool.parameters(moe_layer, self._fetcher.block(slot_of[expert]))
             outputs[expert] = expert_output(module, weights, tokens.gather(expert))
 
-        for wave in waves:
+        for number, wave in enumerate(waves):
+            coming = 0
             for expert in wave:
-                self._loader.submit(moe_layer, expert, slot_of[expert])
-            for expert in residents:
+                if self._fetcher.demand(moe_layer, expert, slot_of[expert]):
+                    here.append(expert)
+                else:
+                    coming += 1
+            if prefetcher is not None and number == len(waves) - 1:
+                prefetcher.reads.pass_by(moe_layer)
+                prefetcher.look(moe_layer, hidden_TD)
+            for expert in here:
                 compute(expert)
-            residents = []
-            for _ in wave:
-                compute(self._arrival().expert)
+            here = []
+            for _ in range(coming):
+                read = self._fetcher.arrival()
+                self._fetcher.settle(read, slot_of[read.expert])
+                compute(read.expert)
         for expert in sorted(outputs):
             tokens.add(out_TD, outputs[expert], expert)
         return out_TD
@@ -215,53 +244,36 @@ class Engine:
         slot_of: dict[int, int] = dict(zip(served.experts.tolist(), served.slot.tolist(), strict=True))
         hits = {expert for expert, hit in zip(served.experts.tolist(), served.hit.tolist(), strict=True) if hit}
         to_read = deque(sorted(expert for expert in slot_of if expert not in hits))
-        free_staging = list(self._staging)
         streamed: dict[int, int] = {}
         here = set(hits)
 
         def read_ahead() -> None:
             while to_read:
                 expert = to_read[0]
-                slot = slot_of[expert]
-                if slot < 0:
-                    if not free_staging:
+                if slot_of[expert] >= 0:
+                    if self._fetcher.demand(moe_layer, expert, slot_of[expert]):
+                        here.add(expert)
+                else:
+                    block = self._fetcher.stream(moe_layer, expert)
+                    if block is None:
                         return
-                    slot = streamed[expert] = free_staging.pop()
-                self._loader.submit(moe_layer, to_read.popleft(), slot)
+                    streamed[expert] = block
+                to_read.popleft()
 
         read_ahead()
         for expert in sorted(slot_of):
             while expert not in here:
-                here.add(self._arrival().expert)
-            slot = streamed[expert] if expert in streamed else slot_of[expert]
-            y_ND = expert_output(module, self._pool.parameters(moe_layer, slot), tokens.gather(expert))
+                read = self._fetcher.arrival()
+                here.add(read.expert)
+                if read.expert not in streamed:
+                    self._fetcher.settle(read, slot_of[read.expert])
+            block = streamed[expert] if expert in streamed else self._fetcher.block(slot_of[expert])
+            y_ND = expert_output(module, self._pool.parameters(moe_layer, block), tokens.gather(expert))
             tokens.add(out_TD, y_ND, expert)
             if expert in streamed:
-                free_staging.append(slot)
+                self._fetcher.free_staging.append(block)
                 read_ahead()
         return out_TD
-
-    def _arrival(self) -> Read:
-        """Wait for the next finished read, count it, and raise its error if it failed."""
-        waited = time.perf_counter()
-        read = self._loader.next()
-        stall = time.perf_counter() - waited
-        counts = self._counts
-        counts["reads"] += 1
-        counts["bytes_read"] += read.nbytes
-        counts["read_s"] += read.seconds
-        counts["stall_s"] += stall
-        if read.error is not None:
-            if isinstance(read.error, ReadError):
-                raise read.error
-            raise ReadError(
-                message(
-                    "A read of expert weights failed.",
-                    where=f"MoE layer {read.moe_layer}, expert {read.expert}",
-                    got=repr(read.error),
-                )
-            ) from read.error
-        return read
 
     def _come_to_rest(self) -> None:
         """After an error or Ctrl-C: no read under way, and no slot that claims bytes it may not hold.
@@ -271,7 +283,7 @@ class Engine:
         if self._under_way is None:
             return
         moe_layer, ids = self._under_way
-        self._loader.drain()
+        self._fetcher.come_to_rest()
         self._cache.forget(moe_layer, np.unique(ids[(ids >= 0) & (ids < self._cache.num_experts)]))
         self.abandon_step()
         self._under_way = None

@@ -1,4 +1,8 @@
-"""Reader threads: fetch experts into slots while the computation goes on, demand reads before all else."""
+"""Reader threads: fetch experts into slots while the computation goes on, demand reads before all else.
+
+A prefetch read waits while any demand read does; it can be called off until a thread has begun it, and hurried once the
+computation waits for it.
+"""
 
 from __future__ import annotations
 
@@ -27,19 +31,37 @@ class Read(NamedTuple):
     error: BaseException | None
 
 
-class _Progress:
-    """An expert under way: what is left of it, and what it has cost so far."""
+class Ticket:
+    """An expert under way: what is left of it, and what it has cost so far. Handed out by :meth:`Loader.submit`."""
 
-    __slots__ = ("error", "expert", "left", "lock", "moe_layer", "nbytes", "seconds", "slot")
+    __slots__ = ("begun", "error", "expert", "left", "lock", "moe_layer", "nbytes", "parts", "seconds", "slot")
 
     def __init__(self, moe_layer: int, expert: int, slot: int, parts: int) -> None:
         self.moe_layer, self.expert, self.slot = moe_layer, expert, slot
-        self.left = parts
+        self.parts = self.left = parts
+        self.begun: set[int] = set()
         self.nbytes, self.seconds = 0, 0.0
         self.error: BaseException | None = None
         self.lock = threading.Lock()
 
+    def begin(self, part: int) -> bool:
+        """Whether the caller is the first to take this part: a hurried one is queued twice."""
+        with self.lock:
+            if part in self.begun:
+                return False
+            self.begun.add(part)
+            return True
+
+    def call_off(self) -> bool:
+        """Take all parts away from the reader threads, unless one of them was begun already."""
+        with self.lock:
+            if self.begun:
+                return False
+            self.begun.update(range(self.parts))
+            return True
+
     def part_done(self, nbytes: int, seconds: float, error: BaseException | None) -> Read | None:
+        """One part is done; the whole read if it was the last."""
         with self.lock:
             self.left -= 1
             self.nbytes += nbytes
@@ -95,21 +117,44 @@ class Loader:
         """Reads submitted and not yet taken back by :meth:`next`."""
         return self._outstanding
 
-    def submit(self, moe_layer: int, expert: int, slot: int) -> None:
+    def submit(self, moe_layer: int, expert: int, slot: int, priority: int = DEMAND) -> Ticket:
         """Ask for an expert in a slot. The slot must not be touched until its read comes back from :meth:`next`."""
         if self._closed:
             raise ClosedError(message("The model was closed.", step="Load it again."))
-        progress = _Progress(moe_layer, expert, slot, self._parts(moe_layer, expert))
+        ticket = Ticket(moe_layer, expert, slot, self._parts(moe_layer, expert))
         self._outstanding += 1
-        for part in range(progress.left):
+        self._queue(ticket, priority)
+        return ticket
+
+    def hurry(self, ticket: Ticket) -> None:
+        """Turn a prefetch read into a demand read: the computation waits for it now."""
+        self._queue(ticket, DEMAND)
+
+    def call_off(self, ticket: Ticket) -> bool:
+        """Drop a read that no thread has begun; False if one has, and then it comes back from :meth:`next` like any other."""
+        gone = ticket.call_off()
+        self._outstanding -= gone
+        return gone
+
+    def _queue(self, ticket: Ticket, priority: int) -> None:
+        for part in range(ticket.parts):
             self._issued += 1
-            self._tasks.put((DEMAND, self._issued, (progress, part)))
+            self._tasks.put((priority, self._issued, (ticket, part)))
 
     def next(self) -> Read:
         """The next finished read, waiting for it. Raises nothing of its own: look at ``error``."""
         read = self._finished.get()
         self._outstanding -= 1
         return read
+
+    def finished(self) -> list[Read]:
+        """The reads that are back already, without waiting."""
+        reads = []
+        with contextlib.suppress(queue.Empty):
+            while True:
+                reads.append(self._finished.get_nowait())
+        self._outstanding -= len(reads)
+        return reads
 
     def drain(self) -> None:
         """Come to rest after an error or Ctrl-C: drop the reads not begun, wait for those under way, forget them all.
@@ -148,20 +193,22 @@ class Loader:
                 with contextlib.suppress(threading.BrokenBarrierError):
                     task.wait()
                 continue
-            progress, part = task
+            ticket, part = task
+            if not ticket.begin(part):
+                continue
             start = time.perf_counter()
             nbytes, failure = 0, None
             try:
-                memory = self._slot_memory(progress.slot)
-                nbytes = self._read_part(progress.moe_layer, progress.expert, part, memory, bounce)
+                memory = self._slot_memory(ticket.slot)
+                nbytes = self._read_part(ticket.moe_layer, ticket.expert, part, memory, bounce)
             except BaseException as error:  # the computation's thread raises it, in its own place
                 failure = error
-            read = progress.part_done(nbytes, time.perf_counter() - start, failure)
+            read = ticket.part_done(nbytes, time.perf_counter() - start, failure)
             if read is not None:
                 self._finished.put(read)
 
 
-_Task = tuple[_Progress, int]
+_Task = tuple[Ticket, int]
 
 
 def _empty(waiting: queue.Queue[Any] | queue.SimpleQueue[Any]) -> None:

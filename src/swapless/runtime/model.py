@@ -21,6 +21,7 @@ from swapless.runtime.budget import Budget, plan_budget
 from swapless.runtime.door import MoeLayer, experts_of, load_non_experts
 from swapless.runtime.dry import activation_bytes, dry_run
 from swapless.runtime.engine import Engine
+from swapless.runtime.lookahead import GateLookahead
 from swapless.runtime.memory import MemoryMeter, available_bytes
 from swapless.runtime.offloaded import offloaded_class
 from swapless.runtime.open import OpenCheckpoint, open_checkpoint
@@ -48,6 +49,7 @@ def load(
     *,
     resident: str | float | None = None,
     policy: str | Policy = "lru",
+    prefetch: str | None = None,
     context: int | None = None,
     revision: str | None = None,
     token: str | None = None,
@@ -72,6 +74,9 @@ def load(
         Instead of ``memory``: the share of all experts to keep, ``"25%"`` or 0.25.
     policy : str or Policy
         Who goes when a slot is needed: a name from the registry, or a policy of your own.
+    prefetch : str, optional
+        Read ahead what the routers of the next MoE layers say of this one's input: ``"gate"``, or ``"gate:2"`` for two layers
+        ahead. Output stays the same, bit for bit. It switches itself off while it does not pay.
     context : int, optional
         Most tokens a sequence may have; the KV cache and activations of so many are set aside. Default: 4096, or the
         model's own limit if that is less.
@@ -99,10 +104,11 @@ def load(
     BudgetError
         The budget is below the floor, which the message names.
     UsageError
-        Unknown policy, malformed size, both ``memory`` and ``resident``.
+        Unknown policy, malformed size, both ``memory`` and ``resident``, unknown ``prefetch``.
     """
     chosen: Policy = POLICIES.get(policy)() if isinstance(policy, str) else policy
     total_bytes, share = _target(memory, resident)
+    leads = _gate_leads(prefetch)
     report = progress or (lambda stage, done: None)
     meter = MemoryMeter()
     base_bytes = meter.now_bytes()
@@ -117,6 +123,7 @@ def load(
         "num_experts_total": sum(layer.num_experts for layer in layers),
         "experts_a_token": opened.experts_a_token,
         "context_tokens": context_tokens,
+        "ahead_slots": len(leads) * opened.experts_a_token // len(layers),
     }
     if memory == "auto" or (total_bytes is None and share is None):
         total_bytes = base_bytes + int(_AUTO_SHARE * available_bytes())
@@ -139,7 +146,8 @@ def load(
     }
     budget = plan_budget(total_bytes=total_bytes, resident_share=share, fixed_parts=fixed, **shape)
     report("opening slots", 0.9)
-    engine = _engine(opened, chosen, store, budget, measured, meter, _model_id(checkpoint), dry.top_k)
+    lookahead = GateLookahead(model, leads) if leads else None
+    engine = _engine(opened, chosen, store, budget, measured, meter, _model_id(checkpoint), dry.top_k, lookahead)
     for moe_layer, (_, module) in enumerate(experts_of(model)):
         module.swapless_engine = engine  # type: ignore[assignment]
         module.swapless_moe_layer = moe_layer  # type: ignore[assignment]
@@ -155,6 +163,15 @@ def _target(memory: str | int | None, resident: str | float | None) -> tuple[int
     if resident is not None:
         return None, parse_share(resident)
     return (None if memory is None or memory == "auto" else parse_size(memory)), None
+
+
+def _gate_leads(prefetch: str | None) -> list[int]:
+    if prefetch is None:
+        return []
+    kind, _, farthest = prefetch.partition(":")
+    if kind != "gate" or (farthest and not farthest.isdecimal()) or farthest == "0":
+        raise UsageError(message("Unknown prefetch.", got=prefetch, allowed='"gate", or "gate:N" for N MoE layers ahead'))
+    return list(range(1, int(farthest or 1) + 1))
 
 
 def _context(context: int | None, config: Any) -> int:
@@ -240,6 +257,7 @@ def _engine(
     meter: MemoryMeter,
     model_id: str,
     top_k: int,
+    lookahead: GateLookahead | None,
 ) -> Engine:
     layers = opened.layout.moe_layers
     num_experts = max(layer.num_experts for layer in layers)
@@ -258,9 +276,10 @@ def _engine(
     return Engine(
         store=store,
         cache=ExpertCache(policy, len(layers), num_experts, pool_of_layer, pool_slots),
-        pool=SlotPool(layers, budget.slots + budget.staging_slots),
+        pool=SlotPool(layers, budget.slots + budget.staging_slots + budget.ahead_slots),
         budget=budget,
         probe=measured,
         meter=meter,
         routing=RoutingLog(header),
+        lookahead=lookahead,
     )

@@ -16,6 +16,17 @@ from swapless.errors import TraceValueError, message
 from swapless.runtime.door import experts_of
 
 
+def near_experts(model: PreTrainedModel) -> list[list[torch.nn.Module]]:
+    """Of each MoE layer, all that stands in the same block as its experts module, the block itself last."""
+    modules = dict(model.named_modules())
+    near = []
+    for path, experts in experts_of(model):
+        block = path.rpartition(".")[0]
+        near.append([module for name, module in modules.items() if name.startswith(f"{block}.") and module is not experts])
+        near[-1].append(modules[block])
+    return near
+
+
 class RouterTap:
     """Remembers the last output of every part that stands near an experts module, without changing any.
 
@@ -28,12 +39,8 @@ class RouterTap:
     def __init__(self, model: PreTrainedModel) -> None:
         self._latest: dict[int, list[tuple[torch.Tensor, ...]]] = {}
         self._handles = []
-        modules = dict(model.named_modules())
-        for moe_layer, (path, experts) in enumerate(experts_of(model)):
-            block = path.rpartition(".")[0]
-            near = {module for name, module in modules.items() if name.startswith(f"{block}.") and module is not experts}
-            for module in (*near, modules[block]):
-                self._handles.append(module.register_forward_hook(self._hook(moe_layer)))
+        for moe_layer, modules in enumerate(near_experts(model)):
+            self._handles += [module.register_forward_hook(self._hook(moe_layer)) for module in modules]
 
     def _hook(self, moe_layer: int) -> Any:
         def remember(module: torch.nn.Module, args: Any, output: Any) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 
@@ -14,6 +14,11 @@ class Stats:
     before the step reached that layer. Prefill is given as bytes and reads, since one read serves many tokens. ``read_s`` is
     the time the reader threads were busy (their sum), ``stall_s`` the time the computation waited for them, ``compute_s``
     the rest of the steps' time. Fields that begin with ``decode_`` leave prefill out.
+
+    Of the experts read ahead, ``prefetch_useful`` were there when asked for, ``prefetch_late`` still under way, and
+    ``prefetch_wasted`` not asked for. They are no hits: ``hits`` is what the cache held. ``prefetch_tokens`` are the decode
+    steps with it on, ``prefetch_on`` says whether it is now, and ``prefetch_recall`` gives, by MoE layers of lead, the share of
+    requests that were foreseen.
     """
 
     requests: int = 0
@@ -33,6 +38,13 @@ class Stats:
     decode_tokens: int = 0
     steps: int = 0
     waves: int = 0
+    prefetch_reads: int = 0
+    prefetch_useful: int = 0
+    prefetch_late: int = 0
+    prefetch_wasted: int = 0
+    prefetch_tokens: int = 0
+    prefetch_on: bool = False
+    prefetch_recall: dict[int, float] = field(default_factory=dict)
     peak_memory_bytes: int = 0
     peak_memory_source: str = "unknown"
 

@@ -1,0 +1,149 @@
+"""Which memory every expert is in or on its way to: cache slots, staging of prefill, and what was read ahead.
+
+A cache slot is a name for a block of the pool. What was read ahead becomes resident by exchanging blocks, not by a copy.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from swapless.errors import ReadError, message
+from swapless.runtime.ahead import Lookahead, Prefetcher, ReadAhead
+from swapless.runtime.budget import Budget
+from swapless.runtime.loader import Loader, Read
+from swapless.runtime.pool import SlotPool
+from swapless.store.checkpoint import CheckpointStore
+
+
+class Fetcher:
+    """Reads of one engine: what is asked for, what has come, and what it took.
+
+    Parameters
+    ----------
+    store : CheckpointStore
+        Where from.
+    pool : SlotPool
+        Where to; its first blocks are the cache slots, then come staging and the blocks for reading ahead.
+    budget : Budget
+        How many of each.
+    depth : int
+        Reads in flight.
+    lookahead : Lookahead, optional
+        Foresees what to read ahead.
+    resident : callable of (moe_layer, expert) -> bool
+        What the cache holds.
+    """
+
+    def __init__(
+        self,
+        store: CheckpointStore,
+        pool: SlotPool,
+        budget: Budget,
+        depth: int,
+        lookahead: Lookahead | None,
+        resident: Callable[[int, int], bool],
+    ) -> None:
+        self._store, self._pool = store, pool
+        self._loader = Loader(store.read_part, store.parts, pool.bytes_of, store.bounce_buffer, depth)
+        self._block_of_slot = list(range(budget.slots))
+        self._staging = range(budget.slots, budget.slots + budget.staging_slots)
+        self.free_staging = list(self._staging)
+        self.prefetcher: Prefetcher | None = None
+        if lookahead is not None:
+            blocks = range(self._staging.stop, pool.slots)
+            self.prefetcher = Prefetcher(lookahead, ReadAhead(self._loader, blocks), resident)
+        self.reset_counts()
+
+    def reset_counts(self) -> None:
+        """Count afresh."""
+        self.counts: dict[str, Any] = {"reads": 0, "bytes_read": 0, "read_s": 0.0, "stall_s": 0.0}
+        if self.prefetcher is not None:
+            self.prefetcher.reset_stats()
+
+    def block(self, slot: int) -> int:
+        """The block that is the slot's now."""
+        return self._block_of_slot[slot]
+
+    def demand(self, moe_layer: int, expert: int, slot: int) -> bool:
+        """Get a missing expert into its slot: True if it is there at once, because it was read ahead."""
+        if self.prefetcher is not None:
+            block, under_way = self.prefetcher.reads.take(moe_layer, expert)
+            if block is not None:
+                self._exchange(slot, block)
+                return True
+            if under_way:
+                return False
+        self._loader.submit(moe_layer, expert, self._block_of_slot[slot])
+        return False
+
+    def stream(self, moe_layer: int, expert: int) -> int | None:
+        """Begin to read an expert that gets no slot into a free staging block, which is returned; None if there is none."""
+        if not self.free_staging:
+            return None
+        block = self.free_staging.pop()
+        self._loader.submit(moe_layer, expert, block)
+        return block
+
+    def arrival(self) -> Read:
+        """Wait for the next finished read that is needed now.
+
+        Raises
+        ------
+        ReadError
+            It failed.
+        """
+        while True:
+            waited = time.perf_counter()
+            read = self._loader.next()
+            self.counts["stall_s"] += time.perf_counter() - waited
+            self._count(read)
+            if self.prefetcher is None or not self.prefetcher.reads.landed(read):
+                break
+        if read.error is not None:
+            if isinstance(read.error, ReadError):
+                raise read.error
+            raise ReadError(
+                message(
+                    "A read of expert weights failed.",
+                    where=f"MoE layer {read.moe_layer}, expert {read.expert}",
+                    got=repr(read.error),
+                )
+            ) from read.error
+        return read
+
+    def settle(self, read: Read, slot: int) -> None:
+        """Let the slot have what was read for it: a read that began ahead of time went to a block beside the cache."""
+        if read.slot != self._block_of_slot[slot]:
+            self._exchange(slot, read.slot)
+
+    def collect(self) -> None:
+        """Take note of what was read ahead and is here by now. Only between blocks, when nothing is awaited."""
+        if self.prefetcher is not None:
+            for read in self._loader.finished():
+                self._count(read)
+                self.prefetcher.reads.landed(read)
+
+    def come_to_rest(self) -> None:
+        """After an error or Ctrl-C: no read under way, every block in its place."""
+        self._loader.drain()
+        self.free_staging = list(self._staging)
+        if self.prefetcher is not None:
+            taken = {*self._block_of_slot, *self._staging}
+            self.prefetcher.reads.reset(block for block in range(self._pool.slots) if block not in taken)
+
+    def close(self) -> None:
+        """End the reader threads and close the files. May be called twice."""
+        self._loader.close()
+        self._store.close()
+
+    def _exchange(self, slot: int, block: int) -> None:
+        assert self.prefetcher is not None, "only what was read ahead lies beside the cache"
+        old, self._block_of_slot[slot] = self._block_of_slot[slot], block
+        self.prefetcher.reads.give(old)
+
+    def _count(self, read: Read) -> None:
+        self.counts["reads"] += 1
+        self.counts["bytes_read"] += read.nbytes
+        self.counts["read_s"] += read.seconds

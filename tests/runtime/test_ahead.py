@@ -1,0 +1,252 @@
+"""Reading ahead changes no bit and no hit; it only moves reads, counts each of them, and stops where it does not pay."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from swapless.errors import BudgetError, ReadError, UsageError
+from swapless.runtime.ahead import Governor, ReadAhead
+from swapless.runtime.loader import PREFETCH, Loader
+from tests.runtime.conftest import SHAPE
+from tests.runtime.slots import assert_no_slot_lies
+
+TOKENS = 40
+
+
+def always_on(model: Any) -> None:
+    model.swapless._fetcher.prefetcher._governor.token_done = lambda seconds: None
+
+
+@pytest.mark.parametrize("policy", ["lru", "lfu"])
+@pytest.mark.parametrize("prefetch", ["gate", "gate:2"])
+@pytest.mark.parametrize("slots", [3, 12])
+def test_same_tokens_and_same_hits(
+    qwen3_moe: Path, load: Any, generate: Any, prompt: Any, eager: Any, prefetch: str, policy: str, slots: int
+) -> None:
+    share = slots / (SHAPE.num_moe_layers * SHAPE.num_experts)
+    plain = eager(qwen3_moe)
+    without = load(qwen3_moe, resident=share, policy=policy)
+    ahead = load(qwen3_moe, resident=share, policy=policy, prefetch=prefetch)
+    always_on(ahead)
+    for model in (without, ahead):
+        assert torch.equal(generate(model, prompt, TOKENS), generate(plain, prompt, TOKENS))
+    figures, before = ahead.swapless.stats(), without.swapless.stats()
+    assert (figures.requests, figures.hits) == (before.requests, before.hits)
+    assert figures.prefetch_useful + figures.prefetch_late > 0
+    assert figures.prefetch_useful + figures.prefetch_late + figures.prefetch_wasted <= figures.prefetch_reads
+    assert figures.bytes_read == figures.reads * SHAPE.expert_bytes
+    misses = figures.requests - figures.hits
+    demanded = figures.decode_reads - figures.prefetch_useful - figures.prefetch_late - figures.prefetch_wasted
+    assert misses - figures.prefetch_useful - figures.prefetch_late <= demanded <= misses
+    assert figures.prefetch_recall.keys() == set(range(1, 1 + (2 if prefetch == "gate:2" else 1)))
+    assert_no_slot_lies(ahead, plain)
+
+
+def test_recall_is_that_of_the_next_router_on_this_input(qwen3_moe: Path, load: Any, prompt: Any, eager: Any) -> None:
+    model = load(qwen3_moe, prefetch="gate")
+    always_on(model)
+    inputs: dict[int, torch.Tensor] = {}
+    plain = eager(qwen3_moe)
+    layers = plain.model.layers
+    chosen: dict[int, set[int]] = {}
+    for moe_layer, block in enumerate(layers):
+
+        def keep(module: Any, args: Any, output: Any, moe_layer: int = moe_layer) -> None:
+            inputs[moe_layer], chosen[moe_layer] = args[0], set(output[-1].flatten().tolist())
+
+        block.mlp.gate.register_forward_hook(keep)
+    with torch.no_grad():
+        cache = model(prompt).past_key_values
+        plain_cache = plain(prompt).past_key_values
+        right = asked = 0
+        for token in range(3, 23):
+            one = torch.tensor([[token]])
+            cache = model(one, past_key_values=cache).past_key_values
+            plain_cache = plain(one, past_key_values=plain_cache).past_key_values
+            for later in range(1, SHAPE.num_moe_layers):
+                foreseen = layers[later].mlp.gate.forward(inputs[later - 1])[-1].flatten().tolist()
+                right += len(chosen[later].intersection(foreseen))
+                asked += len(chosen[later])
+    assert model.swapless.stats().prefetch_recall == {1: right / asked}
+
+
+def test_a_batch_reads_ahead_too(olmoe: Path, load: Any, generate: Any, eager: Any) -> None:
+    ids = torch.randint(3, SHAPE.vocabulary, (3, 9), generator=torch.Generator().manual_seed(8))
+    model = load(olmoe, prefetch="gate")
+    always_on(model)
+    assert torch.equal(generate(model, ids, 12), generate(eager(olmoe), ids, 12))
+    assert model.swapless.stats().prefetch_reads > 0
+    assert_no_slot_lies(model, eager(olmoe))
+
+
+def test_everything_resident_needs_no_room_beside(olmoe: Path, load: Any, generate: Any, prompt: Any) -> None:
+    model = load(olmoe, resident=1.0, prefetch="gate")
+    generate(model, prompt)
+    assert model.swapless.budget.ahead_slots == 0
+    assert model.swapless.stats().prefetch_reads == 0
+
+
+def test_the_room_beside_is_in_the_budget(olmoe: Path, load: Any) -> None:
+    without, ahead = load(olmoe, resident=0.25), load(olmoe, resident=0.25, prefetch="gate:2")
+    room = 2 * SHAPE.top_k * ahead.swapless.budget.slot_bytes
+    assert ahead.swapless.budget.parts["ahead"] == room
+    assert ahead.swapless.budget.slots == without.swapless.budget.slots
+    with pytest.raises(BudgetError, match="at least"):
+        load(olmoe, memory=ahead.swapless.budget.floor_bytes // 2, prefetch="gate:2")
+
+
+@pytest.mark.parametrize("wrong", ["gates", "gate:0", "gate:x", ""])
+def test_an_unknown_prefetch_is_refused(olmoe: Path, load: Any, wrong: str) -> None:
+    with pytest.raises(UsageError, match="prefetch"):
+        load(olmoe, prefetch=wrong)
+
+
+def test_after_an_error_it_goes_on(own_olmoe: Path, load: Any, generate: Any, prompt: Any, eager: Any) -> None:
+    plain = eager(own_olmoe)
+    expected = generate(plain, prompt, TOKENS)
+    model = load(own_olmoe, prefetch="gate")
+    always_on(model)
+    store = model.swapless._fetcher._loader
+    read_part, left = store._read_part, [60]
+
+    def fail_once(*args: Any) -> int:
+        left[0] -= 1
+        if left[0] == 0:
+            raise OSError("the disk is gone for a moment")
+        return int(read_part(*args))
+
+    store._read_part = fail_once
+    try:
+        generate(model, prompt, TOKENS)
+    except ReadError:
+        assert_no_slot_lies(model, plain)
+    assert left[0] < 0, "the error was never met"
+    assert torch.equal(generate(model, prompt, TOKENS), expected)
+    assert_no_slot_lies(model, plain)
+
+
+# -- reads alone -----------------------------------------------------------------------------------------------------------
+
+
+class Gate:
+    """Reads that wait until they may go on, and the order in which they ran."""
+
+    def __init__(self) -> None:
+        self.order: list[int] = []
+        self.opened = threading.Event()
+        self.begun = threading.Event()
+
+    def read(self, moe_layer: int, expert: int, part: int, slot: np.ndarray, bounce: np.ndarray) -> int:
+        self.begun.set()
+        assert self.opened.wait(20)
+        self.order.append(expert)
+        return 1
+
+
+@pytest.fixture
+def gate() -> Gate:
+    return Gate()
+
+
+@pytest.fixture
+def loader(gate: Gate) -> Any:
+    made = Loader(gate.read, lambda *_: 1, lambda slot: np.zeros(1, np.uint8), lambda: np.zeros(1, np.uint8), 1)
+    yield made
+    gate.opened.set()
+    made.close()
+
+
+def test_demand_reads_go_first_and_a_hurried_one_is_a_demand_read(gate: Gate, loader: Loader) -> None:
+    loader.submit(0, 9, 0)
+    assert gate.begun.wait(20)
+    first, second = loader.submit(1, 1, 1, PREFETCH), loader.submit(1, 2, 2, PREFETCH)
+    loader.submit(0, 5, 3)
+    loader.hurry(second)
+    gate.opened.set()
+    assert [loader.next().expert for _ in range(4)] == [9, 5, 2, 1]
+    assert gate.order == [9, 5, 2, 1], "a hurried read ran twice"
+    assert not loader.call_off(first), "it has been read"
+    assert loader.outstanding == 0
+
+
+def test_what_is_called_off_never_runs(gate: Gate, loader: Loader) -> None:
+    begun = loader.submit(0, 9, 0)
+    assert gate.begun.wait(20)
+    waiting = loader.submit(1, 1, 1, PREFETCH)
+    assert loader.call_off(waiting)
+    assert not loader.call_off(begun)
+    assert loader.outstanding == 1
+    gate.opened.set()
+    assert loader.next().expert == 9
+    loader.submit(0, 4, 0)
+    assert loader.next().expert == 4
+    assert gate.order == [9, 4]
+
+
+def landings(loader: Loader, ahead: ReadAhead) -> Callable[[int], list[bool]]:
+    return lambda n: [ahead.landed(loader.next()) for _ in range(n)]
+
+
+def test_useful_late_and_wasted(gate: Gate, loader: Loader) -> None:
+    ahead = ReadAhead(loader, [10, 11, 12])
+    land = landings(loader, ahead)
+    gate.opened.set()
+    ahead.fetch(1, [4, 5, 4])
+    assert ahead.reads == 2, "one read an expert"
+    assert land(2) == [True, True]
+    block, awaited = ahead.take(1, 4)
+    assert block in (10, 11, 12) and not awaited
+    ahead.give(7)
+    ahead.pass_by(1)
+    assert (ahead.useful, ahead.wasted, ahead.late) == (1, 1, 0)
+    ahead.fetch(2, [0, 1, 2, 3])
+    assert ahead.reads == 5, "there are three blocks"
+    assert land(3) == [True] * 3
+
+    gate.opened.clear()
+    gate.begun.clear()
+    ahead.pass_by()
+    ahead.fetch(3, [6, 7])
+    assert gate.begun.wait(20)
+    assert ahead.take(3, 6) == (None, True)
+    assert ahead.take(3, 7) == (None, False), "not begun: the caller reads it itself"
+    gate.opened.set()
+    assert land(1) == [False], "it is awaited"
+    assert (ahead.useful, ahead.wasted, ahead.late, ahead.reads) == (1, 4, 1, 6)
+
+
+def test_a_read_gone_past_frees_its_block_when_it_lands(gate: Gate, loader: Loader) -> None:
+    ahead = ReadAhead(loader, [10])
+    ahead.fetch(1, [4])
+    assert gate.begun.wait(20)
+    ahead.pass_by(1)
+    ahead.fetch(2, [5])
+    assert ahead.reads == 1, "the block is not free yet"
+    gate.opened.set()
+    assert landings(loader, ahead)(1) == [True]
+    assert ahead.wasted == 1
+    ahead.fetch(2, [5])
+    assert landings(loader, ahead)(1) == [True]
+    assert ahead.take(2, 5) == (10, False)
+
+
+@pytest.mark.parametrize(("with_it", "without", "stays"), [(1.0, 2.0, True), (2.0, 1.0, False), (1.0, 1.0, False)])
+def test_the_governor_keeps_what_pays(with_it: float, without: float, stays: bool) -> None:
+    governor = Governor()
+    for _ in range(2):
+        tried = []
+        for _ in range(Governor.TRIAL_WINDOWS * Governor.WINDOW_TOKENS):
+            tried.append(governor.on)
+            governor.token_done(with_it if governor.on else without)
+        assert tried.count(True) == tried.count(False)
+        for _ in range(Governor.HOLD_TOKENS):
+            assert governor.on is stays
+            governor.token_done(1.0)
+        assert governor.on, "a new trial begins with it on"
