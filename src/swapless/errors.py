@@ -10,12 +10,14 @@
     |-- CheckpointError (ValueError)         the checkpoint on disk is not what it says
     |   |-- CheckpointMissingError (FileNotFoundError)   folder, index or shard is not there
     |   |-- CheckpointCorruptError           truncated, overlapping or malformed header
+    |   |-- PackMismatchError                a packed store, or a part of one, of another checkpoint or precision
     |   `-- UnsupportedCheckpointError       a format we do not serve: names it and what would be needed
     |-- UnsupportedFamilyError (TypeError)   a model family without an experts module at the door
     |-- UnsupportedOperationError (RuntimeError)   what an offloaded model cannot do (save, move, train, compile)
     |-- BudgetError (MemoryError)            the memory budget is below the floor
     |-- ContextError (ValueError)            prompt or generation longer than the context
     |-- ReadError (OSError)                  a read failed while running: short, vanished, I/O error
+    |-- WriteError (OSError)                 a packed store cannot be written: the disk is full, or not ours to write
     |-- ClosedError (RuntimeError)           used after close()
     |-- VerifyError (AssertionError)         ours and the reference differ
     |-- TraceError (ValueError)
@@ -108,6 +110,10 @@ class CheckpointCorruptError(CheckpointError):
     """A truncated file, or a malformed header or index."""
 
 
+class PackMismatchError(CheckpointError):
+    """A packed store, or a part of one, that belongs to another checkpoint or was packed in another way."""
+
+
 class UnsupportedCheckpointError(CheckpointError):
     """A checkpoint format that is not served."""
 
@@ -130,6 +136,10 @@ class ContextError(SwaplessError, ValueError):
 
 class ReadError(SwaplessError, OSError):
     """A read of expert weights failed while the model was running."""
+
+
+class WriteError(SwaplessError, OSError):
+    """A packed store could not be written."""
 
 
 class ClosedError(SwaplessError, RuntimeError):

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
 
 from swapless.cli import _options as options
 from swapless.cli.out import Out
 from swapless.errors import VerifyError, message
+from swapless.units import format_size
 
 __all__ = ["verify"]
 
 
 def verify(checkpoint: options.Checkpoint, memory: options.MemorySize = None, as_json: options.Json = False) -> None:
-    """Compare each layer with the reference.
+    """Compare each layer with the reference, or each block of a packed store with its checksum.
 
     Both compute the same inputs, one layer at a time, inside the budget. Exits with 1 when any value differs by any bit.
     """
     out = Out(as_json=as_json)
+    from swapless.store.packed import is_packed
+
+    if is_packed(Path(checkpoint)):
+        _verify_packed(Path(checkpoint), out)
+        return
     out.note("Reference beside ours, one MoE layer after the other:")
     from swapless import runtime
 
@@ -37,3 +44,29 @@ def verify(checkpoint: options.Checkpoint, memory: options.MemorySize = None, as
             )
         )
     out.text(f"All {len(layers)} MoE layers give the same bits as the reference.")
+
+
+def _verify_packed(folder: Path, out: Out) -> None:
+    from swapless.store.packed import read_manifest, verify_packed
+
+    manifest = read_manifest(folder)
+    total = sum(layer.num_experts * layer.block_bytes for layer in manifest.moe_layers)
+    total += sum(int(entry["bytes"]) for entry in manifest.files.values())
+    checked, nbytes, damaged = 0, 0, []
+    with out.progress() as progress:
+        for what, size, holds in verify_packed(folder):
+            checked += 1
+            nbytes += size
+            if not holds:
+                damaged.append(what)
+            progress(f"{format_size(nbytes)} of {format_size(total)}", nbytes / total)
+    out.document({"checkpoint": str(folder), "checked": checked, "bytes": nbytes, "damaged": damaged})
+    if damaged:
+        raise VerifyError(
+            message(
+                f"{len(damaged)} of {checked} blocks and files are not what was packed.",
+                where="; ".join(damaged[:4]),
+                step="Pack the checkpoint again.",
+            )
+        )
+    out.text(f"All {checked} blocks and files ({format_size(nbytes)}) are as they were packed.")

@@ -47,7 +47,8 @@ _product_4_one, _product_4_many = product_4(1), product_4(_AT_ONCE)
 _expand_8, _expand_4 = expansion_8(), expansion_4()
 
 _inlined: Any = njit(cache=True, nogil=True, error_model="numpy", boundscheck=False)
-_on_threads: Any = cfunc(types.void(types.voidptr), cache=True, nopython=True, error_model="numpy", boundscheck=False)
+_cfunc: Any = cfunc
+_on_threads: Any = _cfunc(types.void(types.voidptr), cache=True, nopython=True, error_model="numpy", boundscheck=False)
 
 # A call is a row of int64: its own fields, then those of each expert. Bytes from field to field: 8.
 _NEXT, _TASKS, _BLOCKS, _BITS, _COLUMN_BLOCKS, _GROUP_SHIFT, _SCALES, _ZEROS = (8 * i for i in range(8))

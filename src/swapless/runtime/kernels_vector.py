@@ -4,8 +4,8 @@ A block of 32 rows is two vectors of 16 lanes, one row a lane; one input value, 
 given to LLVM as explicit vectors, because left to itself the compiler does not find them: it then fits them to the
 registers that the processor has (two AVX-512, four AVX2, eight NEON registers a block).
 
-In 4 bits, a value is not converted but put into the mantissa of 128.0 with one shift and one three-way logic operation, which
-gives ``128 + value`` exactly; the surplus of 128 and the zero point are taken off once a group, times the sum of its inputs.
+In 4 bits, a value is not converted but put into the mantissa of 16.0 with one shift and one three-way logic operation, which
+gives ``16 + value`` exactly; the surplus of 16 and the zero point are taken off once a group, times the sum of its inputs.
 
 Everything is an address: what a kernel is given, it trusts. :mod:`~swapless.runtime.kernels` is the only caller.
 """
@@ -29,13 +29,16 @@ _CHAINS = 2
 
 _I8, _I16, _I32, _I64, _F32 = (ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType())
 _BYTES = {_I8: 1, _I16: 2, _I32: 4, _F32: 4}
-_BIAS = 128
-_BIAS_BITS = 0x43000000
-"""128.0, whose mantissa counts ones from bit 16 on."""
+_BIAS = 16
+_BIAS_BITS = 0x41800000
+"""16.0, the least power of two whose last four bits of mantissa count ones: those from bit 19 on."""
 
-_ONES_BIT = 16
+_ONES_BIT = 19
 
-Value = ir.Value
+Value = Any
+"""An LLVM value; llvmlite has no types of its own for the checker."""
+
+_intrinsic_of: Any = intrinsic
 
 
 def _vector(kind: ir.Type) -> ir.VectorType:
@@ -82,7 +85,7 @@ class _Code:
         return self.b.bitcast(self.b.shl(self.b.zext(halves, _vector(_I32)), _constant(_I32, 16)), _vector(_F32))
 
     def biased_nibble(self, words: Value, place: int) -> Value:
-        """``128 + value`` of the nibble at ``place`` of every word."""
+        """``16 + value`` of the nibble at ``place`` of every word."""
         shift = _ONES_BIT - 4 * place
         moved = self.b.shl(words, _constant(_I32, shift)) if shift > 0 else self.b.lshr(words, _constant(_I32, -shift))
         masked = self.b.and_(moved, _constant(_I32, 15 << _ONES_BIT))
@@ -113,7 +116,7 @@ class _Code:
 def _intrinsic(arguments: int, generate: Callable[[_Code, Sequence[Value]], None]) -> Any:
     """A function of one tuple of so many int64 that returns nothing, callable from compiled code."""
 
-    @intrinsic  # type: ignore[untyped-decorator]
+    @_intrinsic_of
     def kernel(context: Any, given: Any) -> tuple[Any, Any]:
         def codegen(context: Any, builder: Any, signature: Any, values: Sequence[Value]) -> Value:
             generate(_Code(builder), cgutils.unpack_tuple(builder, values[0], arguments))
@@ -213,7 +216,7 @@ def product_4(tokens: int) -> Any:
 
 
 def _scale_and_zero(code: _Code, scales: Value, zeros: Value, group: Value) -> tuple[list[Value], list[Value]]:
-    """Of a group: its scales, and ``128 + zero``, by half."""
+    """Of a group: its scales, and ``16 + zero``, by half."""
     b = code.b
     both = b.zext(code.load(code.at(zeros, b.mul(group, code.integer(LANES))), _I8), _vector(_I32))
     halves = [b.and_(both, _constant(_I32, 15)), b.lshr(both, _constant(_I32, 4))]
@@ -276,7 +279,7 @@ def expansion_4() -> Any:
     return _intrinsic(7, generate)
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@_intrinsic_of
 def claim(context: Any, address: Any) -> tuple[Any, Any]:
     """Take the int64 at an address and add one to it, as one step that no other thread can come between."""
 
@@ -287,7 +290,7 @@ def claim(context: Any, address: Any) -> tuple[Any, Any]:
     return types.int64(types.int64), codegen
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@_intrinsic_of
 def address_of(context: Any, pointer: Any) -> tuple[Any, Any]:
     """The int64 that a C pointer is."""
 
@@ -298,14 +301,14 @@ def address_of(context: Any, pointer: Any) -> tuple[Any, Any]:
 
 
 def _access(kind: Any, llvm: ir.Type) -> tuple[Any, Any]:
-    @intrinsic  # type: ignore[untyped-decorator]
+    @_intrinsic_of
     def read(context: Any, address: Any) -> tuple[Any, Any]:
         def codegen(context: Any, builder: Any, signature: Any, values: Sequence[Value]) -> Value:
             return builder.load(builder.inttoptr(values[0], llvm.as_pointer()))
 
         return kind(types.int64), codegen
 
-    @intrinsic  # type: ignore[untyped-decorator]
+    @_intrinsic_of
     def write(context: Any, address: Any, value: Any) -> tuple[Any, Any]:
         def codegen(context: Any, builder: Any, signature: Any, values: Sequence[Value]) -> Value:
             builder.store(values[1], builder.inttoptr(values[0], llvm.as_pointer()))

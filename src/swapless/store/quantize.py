@@ -65,7 +65,8 @@ def _quantize_8(first, end, weights, bits, rows, columns, values, scales):  # ty
             largest = np.uint32(0)
             for column in range(columns):
                 largest = max(largest, bits[row, column] & np.uint32(0x7FFFFFFF))
-            finite &= largest < _INFINITE
+            if largest >= _INFINITE:
+                finite = False
             peak = np.float32(0)
             for column in range(columns):
                 peak = max(peak, abs(weights[row, column]))
@@ -102,7 +103,8 @@ def _quantize_4(first, end, weights, bits, rows, columns, values, scales, zeros,
                 for i in range(length):
                     low = min(low, weights[row, begin + i])
                     high = max(high, weights[row, begin + i])
-                finite &= largest < _INFINITE
+                if largest >= _INFINITE:
+                    finite = False
                 step_of[0] = (high - low) / np.float32(15)
                 step_bits[0] = (step_bits[0] + np.uint32(0x8000)) & np.uint32(0xFFFF0000)  # to bfloat16, halves upwards
                 step = step_of[0]

@@ -1,0 +1,230 @@
+"""``pack``: a checkpoint of any served family as a packed store, an expert after the other, in the memory of four of them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from swapless.errors import UsageError, message
+from swapless.runtime.door import ExpertParameter, MoeLayer, experts_of, skeleton
+from swapless.runtime.open import OpenCheckpoint, open_checkpoint
+from swapless.runtime.pool import slot_bytes
+from swapless.runtime.source import checkpoint_folder
+from swapless.store.checkpoint import SLOT_ALIGNMENT, CheckpointStore
+from swapless.store.headers import INDEX_NAME, TensorRef
+from swapless.store.matrix import MatrixLayout, check_precision
+from swapless.store.pack import DenseTensor, Packing, Source
+from swapless.store.packed import (
+    DENSE,
+    Manifest,
+    PackedLayer,
+    Piece,
+    checkpoint_identity,
+    is_packed,
+    read_manifest,
+)
+from swapless.store.quantize import quantize
+from swapless.store.read import BLOCK_BYTES, FileReader, aligned_buffer
+from swapless.units import format_size
+
+DENSE_BITS = (16,)
+"""Bits of the weights that are no experts; 16 is the checkpoint's own type."""
+
+_SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.md", "LICENSE*")
+_CHUNK_BYTES = 2 << 20
+
+Progress = Callable[[str, float], None]
+
+
+def pack(
+    checkpoint: str | Path,
+    out: str | Path,
+    *,
+    bits: int = 8,
+    group: int = 32,
+    dense_bits: int = 16,
+    progress: Progress | None = None,
+) -> Manifest:
+    """Write ``checkpoint`` as a packed store into the folder ``out``, or go on with a run that was stopped there.
+
+    Parameters
+    ----------
+    checkpoint : str or Path
+        Local folder, or hub id.
+    out : str or Path
+        A new folder, or one that the same call began.
+    bits : int
+        Of an expert's weights: 16 keeps the checkpoint's type (and every bit), 8 has a scale a row, 4 a scale and a zero
+        point a group.
+    group : int
+        Columns that share a scale in 4 bits.
+    dense_bits : int
+        Of all other weights; 16 keeps them as they are.
+    progress : callable of (str, float), optional
+        Told what is going on and the share done.
+
+    Returns
+    -------
+    Manifest
+        What was written. Whether or not the run was stopped on the way, the files are the same, byte for byte.
+
+    Raises
+    ------
+    CheckpointError, UnsupportedFamilyError
+        As :func:`swapless.load`.
+    PackMismatchError
+        ``out`` holds a packed store of another checkpoint, or packed in another way.
+    UsageError
+        Unknown bits or group, or ``out`` holds something else.
+    WriteError
+        No room, or no permission; ``out`` has no manifest then.
+    """
+    check_precision(bits, group)
+    if dense_bits not in DENSE_BITS:
+        raise UsageError(
+            message("No packed store has such dense bits.", got=dense_bits, allowed=", ".join(map(str, DENSE_BITS)))
+        )
+    folder, target = checkpoint_folder(checkpoint), Path(out)
+    if is_packed(folder):
+        raise UsageError(message("This is a packed store already.", got=folder, step="Pack the checkpoint it was made from."))
+    opened = open_checkpoint(folder)
+    identity = checkpoint_identity(folder)
+    packing = Packing.begin(target, {"identity": identity, "bits": bits, "group": group, "dense_bits": dense_bits})
+    if packing.finished:
+        return read_manifest(target)
+    modules = dict(experts_of(skeleton(opened.cls, opened.config)))
+    layers = [_plan(number, layer, modules[layer.path], bits, group) for number, layer in enumerate(opened.layout.moe_layers)]
+    refs = [ref for key, ref in opened.refs.items() if key not in opened.layout.expert_keys]
+    read_bytes = sum(ref.nbytes for ref in opened.refs.values())
+    written = sum(layer.num_experts * plan.block_bytes for layer, plan in zip(opened.layout.moe_layers, layers, strict=True))
+    meter = _Meter(progress, read_bytes + written + sum(ref.nbytes for ref in refs))
+    reader = FileReader(opened.files)
+    try:
+        for file in sorted({file for pattern in _SMALL_FILES for file in folder.glob(pattern)}):
+            if file.name != INDEX_NAME and file.is_file():
+                packing.copy(file)
+        packing.dense(DENSE, [_as_it_is(ref, reader) for ref in refs], lambda nbytes: meter.add(2 * nbytes))
+        with ThreadPoolExecutor(torch.get_num_threads()) as workers:
+            transposed = [bool(modules[layer.path].is_transposed) for layer in opened.layout.moe_layers]
+            source = _source(opened, reader, layers, transposed, group, workers)
+            layers = [
+                packing.layer(number, plan, layer.num_experts, source, meter.add)
+                for number, (plan, layer) in enumerate(zip(layers, opened.layout.moe_layers, strict=True))
+            ]
+    finally:
+        reader.close()
+    manifest = Manifest(
+        bits=bits,
+        group=group,
+        dense_bits=dense_bits,
+        dtype=str(opened.layout.dtype).removeprefix("torch."),
+        source={"name": folder.resolve().name, "identity": identity},
+        moe_layers=tuple(layers),
+        files={name: done for name, done in sorted(packing.done.items()) if isinstance(done, dict)},
+    )
+    packing.finish(manifest)
+    return manifest
+
+
+def _plan(number: int, layer: MoeLayer, module: Any, bits: int, group: int) -> PackedLayer:
+    pieces: list[Piece] = []
+    at = 0
+    for parameter in layer.parameters:
+        for piece in _pieces(parameter, module, bits, group):
+            pieces.append(Piece(**piece, offset=at))
+            at = -(-(at + piece["nbytes"]) // SLOT_ALIGNMENT) * SLOT_ALIGNMENT
+    return PackedLayer(
+        path=layer.path,
+        block=layer.block,
+        file=f"experts-{number:05d}.safetensors",
+        data_offset=0,
+        block_bytes=-(-at // BLOCK_BYTES) * BLOCK_BYTES,
+        pieces=tuple(pieces),
+        checksums=(),
+    )
+
+
+def _pieces(parameter: ExpertParameter, module: Any, bits: int, group: int) -> Iterator[dict[str, Any]]:
+    if bits == 16 or len(parameter.shape) != 2:
+        dtype = str(parameter.dtype).removeprefix("torch.")
+        yield {"name": parameter.name, "bits": 16, "dtype": dtype, "shape": parameter.shape, "nbytes": parameter.nbytes}
+        return
+    rows, columns = reversed(parameter.shape) if module.is_transposed else parameter.shape
+    # Where gate and up lie one after the other, each is a matrix of its own, so that a kernel can have both block by block.
+    halves = 2 if parameter.name == "gate_up_proj" and getattr(module, "is_concatenated", True) else 1
+    for _ in range(halves):
+        layout = MatrixLayout(rows=rows // halves, columns=columns, bits=bits, group=group)
+        shape = (layout.rows, layout.columns)
+        yield {"name": parameter.name, "bits": bits, "dtype": f"int{bits}", "shape": shape, "nbytes": layout.nbytes}
+
+
+def _source(
+    opened: OpenCheckpoint,
+    reader: FileReader,
+    plans: list[PackedLayer],
+    transposed: list[bool],
+    group: int,
+    workers: ThreadPoolExecutor,
+) -> Source:
+    layers = opened.layout.moe_layers
+    everyone = [(number, expert) for number, layer in enumerate(layers) for expert in range(layer.num_experts)]
+    store = CheckpointStore(lambda number, expert: layers[number].sources(expert), reader, everyone)
+    bounce = store.bounce_buffer()
+
+    def read(number: int, expert: int, slot: np.ndarray) -> int:
+        return store.read(number, expert, slot, bounce)
+
+    def convert(number: int, slot: np.ndarray, block: np.ndarray) -> None:
+        block[:] = 0
+        parameters = {parameter.name: parameter for parameter in layers[number].parameters}
+        first_row = dict.fromkeys(parameters, 0)
+        for piece in plans[number].pieces:
+            parameter = parameters[piece.name]
+            held = slot[parameter.slot_offset : parameter.slot_offset + parameter.nbytes]
+            out = block[piece.offset : piece.offset + piece.nbytes]
+            if piece.bits == 16:
+                out[:] = held
+                continue
+            weights = torch.from_numpy(held).view(parameter.dtype).view(parameter.shape)
+            rows, columns = piece.shape
+            first = first_row[piece.name]
+            first_row[piece.name] += rows
+            chosen = (weights.T if transposed[number] else weights)[first : first + rows].float().contiguous()
+            layout = MatrixLayout(rows=rows, columns=columns, bits=piece.bits, group=group)
+            quantize(chosen.numpy(), layout, out, workers)
+
+    return Source(slot_bytes(layers), read, convert)
+
+
+def _as_it_is(ref: TensorRef, reader: FileReader) -> DenseTensor:
+    def chunks() -> Iterator[np.ndarray]:
+        buffer = aligned_buffer(_CHUNK_BYTES + 2 * BLOCK_BYTES)
+        for first in range(0, ref.nbytes, _CHUNK_BYTES):
+            yield reader.read(ref.file, ref.offset + first, min(_CHUNK_BYTES, ref.nbytes - first), buffer)
+
+    return DenseTensor(ref.key, ref.dtype, ref.shape, ref.nbytes, chunks)
+
+
+class _Meter:
+    """Bytes read and written so far, told with the time that is left."""
+
+    def __init__(self, progress: Progress | None, total: int) -> None:
+        self._progress = progress
+        self._total = max(1, total)
+        self._done = 0
+        self._started = time.perf_counter()
+
+    def add(self, nbytes: int) -> None:
+        self._done += nbytes
+        if self._progress is None:
+            return
+        seconds = max(1e-9, time.perf_counter() - self._started)
+        left = (self._total - self._done) * seconds / max(1, self._done)
+        text = f"{format_size(self._done)} of {format_size(self._total)} read and written, {max(0.0, left):.0f} s left"
+        self._progress(text, min(1.0, self._done / self._total))
