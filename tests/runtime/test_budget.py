@@ -90,7 +90,19 @@ def test_as_plain_values() -> None:
 def test_a_loaded_model_keeps_to_its_budget(olmoe: Any, load: Any) -> None:
     by_share = load(olmoe, resident=0.5).swapless.budget
     assert by_share.slots == 12
-    names = {"base", "non_expert", "loading", "kv_cache", "activations", "io_buffers", "slack", "staging", "ahead", "slots"}
+    names = {
+        "base",
+        "non_expert",
+        "loading",
+        "kv_cache",
+        "activations",
+        "io_buffers",
+        "slack",
+        "staging",
+        "ahead",
+        "slots",
+        "policy",
+    }
     assert by_share.parts.keys() == names
     assert by_share.parts["kv_cache"] >= 2 * 3 * 2 * 16 * 2 * 64, "keys and values of 64 tokens in bf16"
 

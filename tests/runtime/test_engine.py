@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from swapless.cache import POLICIES
+from swapless.cache import DEFAULT_POLICY, POLICIES
 from swapless.cache.replay import replay
 from swapless.cache.residency import layer_pools
 from swapless.cache.serve import ExpertCache
@@ -165,14 +165,15 @@ def test_the_trace_replayed_gives_the_engines_own_hits(
     assert engine_hits(model, policy) == (stats.hits, stats.requests)
 
 
+@pytest.mark.parametrize("policy", ["lru", DEFAULT_POLICY])
 @pytest.mark.parametrize("slots_a_layer", [2, 4])
 def test_the_replay_of_the_library_gives_the_engines_own_hits(
-    olmoe: Path, slots_a_layer: int, load: Any, generate: Any, prompt: Any
+    olmoe: Path, policy: str, slots_a_layer: int, load: Any, generate: Any, prompt: Any
 ) -> None:
-    model = load(olmoe, resident=slots_a_layer / SHAPE.num_experts)
+    model = load(olmoe, resident=slots_a_layer / SHAPE.num_experts, policy=policy)
     for ids in (prompt, prompt.flip(1)):
         generate(model, ids, 20)
     stats = model.swapless.stats()
-    replayed = replay(model.swapless.trace(), "lru", slots_a_layer)
+    replayed = replay(model.swapless.trace(), policy, slots_a_layer)
     assert (replayed.hits, replayed.requests) == (stats.hits, stats.requests)
     assert replayed.prefill_reads == stats.reads - stats.decode_reads

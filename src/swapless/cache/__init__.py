@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from swapless.registry import Registry
 
+DEFAULT_POLICY = "next_use"
+"""What the engine runs unless told otherwise; the evidence is in ``docs/log.md``."""
+
 POLICIES = Registry(
     "policy",
     "swapless.policies",

@@ -73,7 +73,8 @@ class NextUseState(NamedTuple):
 
 def _on_demand(state, residency, moe_layer, experts, phase):  # type: ignore[no-untyped-def]
     take_in(state, residency.demand_sets[moe_layer], moe_layer, experts, phase != _PREFILL)
-    if phase != _PREFILL:
+    # A row costs E * F; with many experts a row every few tokens keeps a block within its microseconds.
+    if phase != _PREFILL and residency.demand_sets[moe_layer] % (1 + state.value.shape[1] // 128) == 0:
         sweep(state, moe_layer)
     state.valued_at[moe_layer] = -1
 

@@ -52,6 +52,11 @@ class Policy(Protocol):
         ...
 
 
+def state_bytes(policy: Policy, num_moe_layers: int, num_experts: int) -> int:
+    """Memory of the policy's state, with a pool for each MoE layer."""
+    return sum(array.nbytes for array in policy.state(num_moe_layers, num_experts, num_moe_layers))
+
+
 def _rule(name: str) -> Callable[..., Any]:
     def unregistered(state: Any, *_: Any) -> Any:
         raise TypeError(f"no {name} rule for {type(state).__name__}: the rules run in compiled code only")

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from swapless.cache import DEFAULT_POLICY
 from swapless.cli import _options as options
 from swapless.cli.out import Out
 from swapless.cli.session import open_model, open_tokenizer
@@ -32,7 +33,7 @@ def record(
     resident: options.Resident = None,
     context: options.Context = None,
     threads: options.Threads = None,
-    policy: options.Policy = "lru",
+    policy: options.Policy = DEFAULT_POLICY,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:

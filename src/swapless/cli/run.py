@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from swapless.cache import DEFAULT_POLICY
 from swapless.cli import _options as options
 from swapless.cli.out import Out
 from swapless.cli.session import Sampling, generate, measured, open_model, open_tokenizer, prompt_ids, summarise
@@ -33,7 +34,7 @@ def run(
     seed: options.Seed = 0,
     threads: options.Threads = None,
     context: options.Context = None,
-    policy: options.Policy = "lru",
+    policy: options.Policy = DEFAULT_POLICY,
     prefetch: options.Prefetch = None,
     record: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the routing as a trace (.parquet).")] = None,
     as_json: options.Json = False,

@@ -11,8 +11,8 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from swapless.cache import POLICIES
-from swapless.cache.policy import Policy
+from swapless.cache import DEFAULT_POLICY, POLICIES
+from swapless.cache.policy import Policy, state_bytes
 from swapless.cache.residency import layer_pools
 from swapless.cache.serve import ExpertCache
 from swapless.errors import CheckpointCorruptError, UsageError, message
@@ -48,7 +48,7 @@ def load(
     memory: str | int | None = None,
     *,
     resident: str | float | None = None,
-    policy: str | Policy = "lru",
+    policy: str | Policy = DEFAULT_POLICY,
     prefetch: str | None = None,
     context: int | None = None,
     revision: str | None = None,
@@ -143,6 +143,7 @@ def load(
         "kv_cache": dry.cache_bytes_fixed + dry.cache_bytes_per_token * context_tokens,
         "activations": activation_bytes(opened.config, context_tokens, opened.layout.dtype),
         "io_buffers": measured.depth * store.bounce_bytes,
+        "policy": state_bytes(chosen, len(layers), max(layer.num_experts for layer in layers)),
     }
     budget = plan_budget(total_bytes=total_bytes, resident_share=share, fixed_parts=fixed, **shape)
     report("opening slots", 0.9)

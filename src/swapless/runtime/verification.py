@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from swapless.cache import DEFAULT_POLICY
 from swapless.errors import BudgetError, message
 from swapless.notation import Phase
 from swapless.runtime.door import MoeLayer, experts_of, reference_experts
@@ -45,7 +46,7 @@ class LayerResult:
 
 @torch.no_grad()
 def verify(
-    checkpoint: str | Path, memory: str | int | None = None, *, policy: str = "lru", seed: int = 0
+    checkpoint: str | Path, memory: str | int | None = None, *, policy: str = DEFAULT_POLICY, seed: int = 0
 ) -> Iterator[LayerResult]:
     """Yield a result a MoE layer of ``checkpoint``, a local folder or hub id.
 

@@ -1,0 +1,291 @@
+"""Does the timeline foresee how fast the engine decodes? Probe, prediction and run in one process, round by round.
+
+    python benchmarks/timeline.py                # about 6 minutes; needs the checkpoint of benchmarks/make_checkpoint.py
+    python benchmarks/timeline.py --quick        # one round of few tokens, nothing stored: only to see that it runs
+
+In each of five rounds the checkpoint is loaded four times: once with every expert resident, where the time of a token, and of
+the experts in it, is measured after a rehearsal; and at three capacities, each a memory budget of its own. There the tokens
+are decoded a few at a time, and before, between and after these pieces the read path is probed (``store/probe``), because the
+bandwidth of a shared disk drifts within seconds. The engine's own trace of that run is then replayed by ``cache/timeline``
+with the engine's own policy, the probed device and the compute times of the same round. Misses must agree exactly; tokens a
+second, as medians over the rounds, within 20 %.
+
+What stands for the device: bytes over seconds of all probes of the run, at the engine's own number of reads in flight, and
+slowed by what the probe leaves out, the copy from the bounce buffer into the slot, timed in the same pauses.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from results import document, emit, store
+
+from swapless.cache.devices import DeviceProfile
+from swapless.cache.replay import replay
+from swapless.cache.timeline import BlockTime, timeline
+from swapless.store.checkpoint import Extent
+from swapless.store.probe import probe
+from swapless.store.read import FileReader, aligned_buffer
+
+CAPACITIES = (12, 20, 32)
+"""Experts a MoE layer, of 64 and with 8 needed at once."""
+WITHIN = 0.20
+PROBE_S = 0.15
+_COPIES = 4
+
+
+class Disk:
+    """The checkpoint's shards, probed with blocks as large as the engine's own reads."""
+
+    def __init__(self, folder: Path, block_bytes: int) -> None:
+        files = sorted(folder.glob("*.safetensors"))
+        self._reader = FileReader(files)
+        self._rng = np.random.default_rng(0)
+        self._files = [(file, file.stat().st_size) for file in files]
+        self._block_bytes = block_bytes
+        self._from, self._to = (aligned_buffer(_COPIES * block_bytes) for _ in range(2))
+        self._from[:] = 1
+        self._to[:] = 1
+
+    def read_s_per_byte(self, depth: int) -> float:
+        """Seconds a byte takes at ``depth`` reads in flight, now, at random places."""
+        extents = []
+        for index in self._rng.integers(0, len(self._files), 256):
+            file, size = self._files[index]
+            extents.append(Extent(file, int(self._rng.integers(0, size - self._block_bytes)), self._block_bytes))
+        found = probe(self._reader, extents, budget_s=PROBE_S, seed=int(self._rng.integers(1 << 30)))
+        return 1 / found.bytes_per_s[depth]
+
+    def copy_s_per_byte(self) -> float:
+        """Seconds a byte takes from a bounce buffer into a slot."""
+        begun = time.perf_counter()
+        for place in range(_COPIES):
+            part = slice(place * self._block_bytes, (place + 1) * self._block_bytes)
+            self._to[part] = self._from[part]
+        return (time.perf_counter() - begun) / (_COPIES * self._block_bytes)
+
+    def close(self) -> None:
+        """Close the files."""
+        self._reader.close()
+
+
+class ExpertsClock:
+    """Time spent in the experts of all blocks, by hooks on their modules."""
+
+    def __init__(self, model: Any) -> None:
+        self.seconds = 0.0
+        self._begun = 0.0
+        modules = [module for module in model.modules() if hasattr(module, "swapless_moe_layer")]
+        self._hooks = [module.register_forward_pre_hook(self._begin) for module in modules]
+        self._hooks += [module.register_forward_hook(self._end) for module in modules]
+
+    def _begin(self, *_: Any) -> None:
+        self._begun = time.perf_counter()
+
+    def _end(self, *_: Any) -> None:
+        self.seconds += time.perf_counter() - self._begun
+
+    def remove(self) -> None:
+        """No longer listen."""
+        for hook in self._hooks:
+            hook.remove()
+
+
+class Run:
+    """One loaded model that decodes given tokens."""
+
+    def __init__(self, folder: Path, threads: int, share: float, policy: str | None) -> None:
+        import torch
+
+        import swapless
+
+        torch.set_num_threads(threads)
+        self._torch = torch
+        chosen = {} if policy is None else {"policy": policy}
+        self.model: Any = swapless.load(folder, resident=share, context=256, **chosen)
+        self.engine = self.model.swapless
+
+    def prefill(self, ids: list[int]) -> None:
+        """Begin a text."""
+        with self._torch.inference_mode():
+            output = self.model(input_ids=self._torch.tensor([ids]), use_cache=True, logits_to_keep=1)
+        self._cache = output.past_key_values
+
+    def decode(self, tokens: list[int]) -> list[float]:
+        """Seconds of each token's forward call."""
+        seconds = []
+        with self._torch.inference_mode():
+            for token in tokens:
+                ids = self._torch.tensor([[token]])
+                begun = time.perf_counter()
+                self.model(input_ids=ids, past_key_values=self._cache, use_cache=True)
+                seconds.append(time.perf_counter() - begun)
+        return seconds
+
+    def close(self) -> None:
+        """Give everything back."""
+        self.engine.close()
+        del self.model, self.engine, self._cache
+        gc.collect()
+
+
+def compute_times(folder: Path, asked: argparse.Namespace, tokens: dict[str, list[int]]) -> dict[str, float]:
+    """A token's time with every expert resident, and what of it is experts."""
+    run = Run(folder, asked.threads, 1.0, asked.policy)
+    run.prefill(tokens["prompt"])
+    run.decode(tokens["warm_up"] + tokens["decode"])  # reads what the timed pass will use
+    run.prefill(tokens["prompt"])
+    run.decode(tokens["warm_up"])
+    run.engine.reset_stats()
+    clock = ExpertsClock(run.model)
+    token_s = run.decode(tokens["decode"])
+    clock.remove()
+    reads = run.engine.stats().decode_reads
+    run.close()
+    if reads:
+        raise SystemExit(f"{reads} experts were read although all are resident")
+    return {"token_s": statistics.fmean(token_s), "experts_s": clock.seconds / len(token_s)}
+
+
+def at_capacity(
+    folder: Path, asked: argparse.Namespace, tokens: dict[str, list[int]], capacity: int, compute: dict[str, float]
+) -> dict[str, Any]:
+    """Run one capacity with probes in between, and predict it."""
+    run = Run(folder, asked.threads, capacity / asked.experts, asked.policy)
+    engine = run.engine
+    depth = engine.probe.depth
+    disk = Disk(folder, engine.probe.block_bytes)
+    run.prefill(tokens["prompt"])
+    run.decode(tokens["warm_up"])
+    engine.reset_stats()
+    token_s: list[float] = []
+    reads, copies = [disk.read_s_per_byte(depth)], [disk.copy_s_per_byte()]
+    for first in range(0, len(tokens["decode"]), asked.piece):
+        token_s += run.decode(tokens["decode"][first : first + asked.piece])
+        reads.append(disk.read_s_per_byte(depth))
+        copies.append(disk.copy_s_per_byte())
+    disk.close()
+    stats, trace, budget = engine.stats(), engine.trace(), engine.budget
+    policy, depth_parts = engine._cache.policy, engine._store.parts(0, 0)
+    run.close()
+    expert_bytes = budget.expert_bytes
+    # Each reader copies what it read before it reads on; meanwhile the others have the disk.
+    s_per_byte = statistics.fmean(reads) + statistics.fmean(copies) / depth
+    device = DeviceProfile(name="this machine", bytes_per_s=1 / s_per_byte, queue_depth=depth, source="store/probe")
+    layers, top_k = trace.num_moe_layers, trace.top_k
+    block = BlockTime(
+        attention_s=(compute["token_s"] - compute["experts_s"]) / layers,
+        shared_s=0.0,
+        expert_s=compute["experts_s"] / layers / top_k,
+    )
+    before = len(tokens["prompt"]) + len(tokens["warm_up"])
+    counted = replay(trace, policy, capacity, warmup_tokens=before)
+    if (counted.requests, counted.hits) != (stats.requests, stats.hits):
+        replayed, done = f"{counted.hits} of {counted.requests}", f"{stats.hits} of {stats.requests}"
+        raise SystemExit(f"the replay hits {replayed}, the engine hit {done}")
+    foreseen = timeline(trace, policy, capacity, device, block=block, warmup_tokens=before, expert_bytes=expert_bytes)
+    return {
+        "capacity_experts": capacity,
+        "policy": policy.name,
+        "budget_bytes": budget.total_bytes,
+        "hit_rate": stats.hit_rate,
+        "bytes_read_per_token": stats.decode_bytes_read / stats.decode_tokens,
+        "depth": depth,
+        "parts": depth_parts,
+        "probed_bytes_per_s": [1 / one for one in reads],
+        "copied_bytes_per_s": 1 / statistics.fmean(copies),
+        "run_bytes_per_stall_s": stats.decode_bytes_read / stats.decode_stall_s if stats.decode_stall_s else None,
+        "predicted_tokens_per_s": foreseen.tokens_per_s,
+        "predicted_stall_s_per_token": foreseen.row()["stall_s_per_token"],
+        "tokens_per_s": len(token_s) / sum(token_s),
+        "stall_s_per_token": stats.decode_stall_s / stats.decode_tokens,
+    }
+
+
+def summarise(rounds: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Medians over the rounds, capacity by capacity."""
+    rows = []
+    for capacity in CAPACITIES:
+        mine = [row for one in rounds for row in one["runs"] if row["capacity_experts"] == capacity]
+        predicted, measured = (
+            statistics.median(row[name] for row in mine) for name in ("predicted_tokens_per_s", "tokens_per_s")
+        )
+        ratios = sorted(row["predicted_tokens_per_s"] / row["tokens_per_s"] for row in mine)
+        rows.append(
+            {
+                "capacity_experts": capacity,
+                "budget_bytes": mine[0]["budget_bytes"],
+                "predicted_tokens_per_s": predicted,
+                "tokens_per_s": measured,
+                "ratio": predicted / measured,
+                "ratio_of_rounds": ratios,
+                "met": abs(predicted / measured - 1) <= WITHIN,
+            }
+        )
+        print(
+            f"{capacity:3d} experts a layer, {mine[0]['budget_bytes'] / 1e9:.2f} GB: predicted {predicted:.2f}, measured "
+            f"{measured:.2f} tok/s, ratio {predicted / measured:.3f} ({ratios[0]:.3f} to {ratios[-1]:.3f})  "
+            f"{'met' if rows[-1]['met'] else 'MISSED'}",
+            file=sys.stderr,
+        )
+    return rows
+
+
+def main() -> None:
+    """Measure, print a table and one JSON document, store the result."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--checkpoint", type=Path, default=Path("out/bench-3gb"))
+    parser.add_argument("--layout", default="original", help="original or fused")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--tokens", type=int, default=32, help="timed tokens of each run")
+    parser.add_argument("--warm-up", type=int, default=8, help="tokens before the clock starts")
+    parser.add_argument("--piece", type=int, default=4, help="tokens between two probes")
+    parser.add_argument("--policy", default=None, help="by default the engine's own")
+    parser.add_argument("--quick", action="store_true", help="one round of few tokens, nothing stored")
+    asked = parser.parse_args()
+    if asked.quick:
+        asked.rounds, asked.tokens = 1, min(asked.tokens, 8)
+    folder = asked.checkpoint / asked.layout
+    asked.experts = json.loads((folder / "config.json").read_text())["num_experts"]
+    given = json.loads((asked.checkpoint / "tokens.json").read_text())
+    first = asked.warm_up
+    tokens = {
+        "prompt": given["prompt"],
+        "warm_up": given["decode"][:first],
+        "decode": given["decode"][first : first + asked.tokens],
+    }
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    rounds = []
+    for number in range(asked.rounds):
+        compute = compute_times(folder, asked, tokens)
+        turn = number % len(CAPACITIES)
+        runs = [at_capacity(folder, asked, tokens, c, compute) for c in (*CAPACITIES[turn:], *CAPACITIES[:turn])]
+        rounds.append({"compute": compute, "runs": runs})
+        for row in runs:
+            print(
+                f"round {number + 1}: {row['capacity_experts']:3d} experts, hit {row['hit_rate']:.3f}, predicted "
+                f"{row['predicted_tokens_per_s']:.2f}, measured {row['tokens_per_s']:.2f} tok/s; resident token "
+                f"{1e3 * compute['token_s']:.1f} ms",
+                file=sys.stderr,
+                flush=True,
+            )
+    config = {name: value for name, value in vars(asked).items() if name not in ("checkpoint", "quick")}
+    result = document("timeline", config=config, measured={"rows": summarise(rounds), "rounds": rounds}, data=folder)
+    emit(result)
+    if not asked.quick:
+        store(result)
+
+
+if __name__ == "__main__":
+    main()
