@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from swapless import embedded
 from swapless.cli.main import app
+from swapless.trace import read_trace
 
 SAMPLE = Path(__file__).resolve().parents[1] / "data" / "gpt-oss-20b.sample.parquet"
 ARGUMENTS = ["--no-sandbox", "--disable-background-networking", "--disable-dev-shm-usage"]
@@ -33,10 +35,24 @@ def browser_page(tmp_path):
         context.close()
 
 
+@pytest.fixture(params=["sample twice", "recorded"])
+def traces(request, tmp_path):
+    """The shipped sample against itself, and prefill and decode of the embedded model with the scores of its router."""
+    if request.param == "sample twice":
+        return [SAMPLE, SAMPLE], 5 + 2 * 3
+    text = "The cat sat on the mat. The dog saw the cat. " * 3
+    (tmp_path / "prompts.txt").write_text(f"{text}\nOne and one is two. {text}\n", encoding="utf-8")
+    arguments = ["--prompts", tmp_path / "prompts.txt", "--decode", 40, "--scores", "--out", tmp_path / "recorded.parquet"]
+    result = CliRunner().invoke(app, ["record", str(embedded.path()), *map(str, arguments)])
+    assert result.exit_code == 0, result.output
+    return [tmp_path / "recorded.parquet"], 5 + 2  # its documents have no domains
+
+
 @pytest.mark.slow
-def test_the_page_in_a_browser(browser_page, tmp_path):
+def test_the_page_in_a_browser(browser_page, traces, tmp_path):
+    paths, charts = traces
     html = tmp_path / "report.html"
-    result = CliRunner().invoke(app, ["locality", str(SAMPLE), str(SAMPLE), "--html", str(html)])
+    result = CliRunner().invoke(app, ["locality", *map(str, paths), "--html", str(html)])
     assert result.exit_code == 0, result.output
     said, fetched = [], []
     browser_page.on("console", lambda line: said.append(f"{line.type}: {line.text}"))
@@ -47,7 +63,7 @@ def test_the_page_in_a_browser(browser_page, tmp_path):
     browser_page.wait_for_function(
         "document.querySelectorAll('.plot .main-svg').length >= document.querySelectorAll('.plot').length"
     )
-    assert plots.count() == 11
+    assert plots.count() == charts
     drawn = browser_page.evaluate(
         """() => [...document.querySelectorAll('.plot')].map(plot => {
             const marks = plot.querySelectorAll('.trace path, .heatmaplayer image, .bars path, .point');
@@ -68,7 +84,7 @@ def test_the_page_in_a_browser(browser_page, tmp_path):
     download.value.save_as(saved)
     lines = saved.read_text(encoding="utf-8").splitlines()
     assert lines[0].startswith("trace,capacity_experts,share_of_experts,lru,lfu,belady")
-    assert len(lines) == 1 + 2 * 32
+    assert len(lines) == 1 + sum(read_trace(path).num_experts for path in paths)
     browser_page.set_viewport_size({"width": 420, "height": 800})
     browser_page.wait_for_function("document.documentElement.scrollWidth <= window.innerWidth + 1")
     assert said == []
