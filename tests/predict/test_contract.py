@@ -28,7 +28,7 @@ SMALL = {"width": 32, "hidden": 16, "step_hidden": 16, "window": 8, "heads": 2, 
 OPTIONS = {
     "transformer": {"sizes": SMALL, "epochs": 3, "batch_tokens": 64, "held_out": 0.2},
     "linear": {"leads": (1, 3, 4, "token"), "batch_tokens": 64},
-    "paper": {"epochs": 2, "width": 16, "depth": 1, "batch_tokens": 64},
+    "paper": {"epochs": 4, "width": 16, "heads": 2, "depth": 1, "batch_tokens": 64, "learning_rate": 0.01},
 }
 
 
@@ -60,9 +60,7 @@ def perturbed(document: Trace, row: int, known: int, seed: int) -> Trace:
     scores = document.router_scores.copy()
     scores[row + 1 :] = 9
     scores[row, known:] = 9
-    return Trace.from_arrays(
-        document.header, expert_ids=ids, token=words, router_scores=scores, document=document.document
-    )
+    return Trace.from_arrays(document.header, expert_ids=ids, token=words, router_scores=scores, document=document.document)
 
 
 @pytest.mark.parametrize("lead", LEADS)
