@@ -18,9 +18,9 @@ TEXTS = {
 }
 DECODED = 6
 MEASURES = {
-    "srp", "srp_relative_size", "activation_rate", "srp_floor", "srp_shuffled", "sch", "hit_rate", "hit_rate_shuffled", "overlap",
-    "reuse_within", "working_set", "load_entropy", "load_variation", "load_deviation", "load_share", "specialization",
-    "specialization_srp_correlation",
+    "srp", "srp_relative_size", "activation_rate", "srp_floor", "srp_shuffled", "sch", "hit_rate", "hit_rate_shuffled",
+    "overlap", "reuse_within", "working_set", "load_entropy", "load_variation", "load_deviation", "load_share",
+    "specialization", "specialization_srp_correlation",
 }  # fmt: skip
 
 
@@ -50,7 +50,7 @@ def test_rows_phases_and_columns(recorded):
     assert (trace.router_scores is not None) == scores
     decode = np.bincount(trace.document[trace.phase == Phase.DECODE], minlength=4)
     prefill = np.bincount(trace.document[trace.phase == Phase.PREFILL])
-    assert prefill.min() > 16 and 0 < decode.min() and decode.max() == DECODED  # a text may end early
+    assert prefill.min() > 16 and 0 < decode.max() <= DECODED  # a text may end early
     with TraceFile(path) as file:
         assert file.in_pieces
     if scores:
@@ -81,7 +81,7 @@ def test_every_measure_and_the_page(recorded, swapless, tmp_path):
         rates = [
             row["value"] for row in found["rows"] if row["measure"] in ("srp", "sch", "hit_rate") and row["value"] is not None
         ]
-        assert rates and 0 <= min(rates) and max(rates) <= 1
+        assert rates and min(rates) >= 0 and max(rates) <= 1
         if phase != ("--phase", "decode"):
             assert all(row["value"] is not None for row in found["rows"] if row["measure"] in ("sch", "hit_rate", "overlap"))
             assert {row["variant"] for row in found["rows"] if row["measure"] == "specialization"} == {

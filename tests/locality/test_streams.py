@@ -102,18 +102,21 @@ def test_interleaved_documents_are_read_whole_and_measure_the_same(tmp_path):
 def test_errors_name_the_row_of_the_file(tmp_path, monkeypatch):
     monkeypatch.setattr(stream, "_BATCH_TOKENS", 10)
     trace = rich_trace()
+    row = np.arange(len(trace))
+    at = row[:, None, None]
+    weights = np.broadcast_to(np.where(at == 33, np.nan, 1), trace.expert_ids.shape)
     for change, said in (
-        ({"expert_ids": np.where(np.arange(len(trace))[:, None, None] == 47, 8, trace.expert_ids).astype(np.int16)}, "row 47"),
-        ({"position": np.where(np.arange(len(trace)) == 20, 0, trace.position).astype(np.int32)}, "row 20, document 1"),
-        ({"gate_weights": np.where(np.arange(len(trace))[:, None, None] == 33, np.nan, 1).astype(np.float16).repeat(3, 1).repeat(2, 2)}, "row 33"),
-    ):  # fmt: skip
+        ({"expert_ids": np.where(at == 47, 8, trace.expert_ids).astype(np.int16)}, r"row 47, moe_layer 0\. Got: 8"),
+        ({"position": np.where(row == 20, 0, trace.position).astype(np.int32)}, "row 20, document 1"),
+        ({"gate_weights": weights.astype(np.float16)}, "row 33"),
+    ):
         write_trace(tmp_path / "t.parquet", replace(trace, **change))
         with TraceFile(tmp_path / "t.parquet") as file, pytest.raises(TraceValueError, match=said):
             list(file.pieces(10, columns=("gate_weights",)))
     table = table_of_trace(trace)
     nulls = pa.array([None if row == 61 else row for row in range(len(trace))], pa.int32())
     pq.write_table(table.set_column(1, "position", nulls), tmp_path / "t.parquet")
-    with TraceFile(tmp_path / "t.parquet") as file, pytest.raises(TraceValueError, match="position is null.*row 61"):
+    with TraceFile(tmp_path / "t.parquet") as file, pytest.raises(TraceValueError, match=r"position is null.*row 61"):
         list(file.pieces())
 
 
