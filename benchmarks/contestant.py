@@ -23,10 +23,10 @@ import numpy as np
 class Task:
     """What one contestant does.
 
-    ``engine`` is ``plain`` (transformers with ``implementation``) or ``swapless`` (with ``memory_bytes`` or ``resident``).
-    ``warm_up`` tokens are decoded before the clock starts. ``rehearsals`` is how often the whole sequence runs before the
-    timed pass, for warm runs. ``aligned`` gives plain transformers 64-byte-aligned copies of its weights: the reference for
-    bit identity. ``time_limit_s`` ends the decoding early.
+    ``engine`` is ``plain`` (transformers with ``implementation``) or ``swapless`` (with ``memory_bytes`` or ``resident``, and
+    ``prefetch``). ``warm_up`` tokens are decoded before the clock starts. ``rehearsals`` is how often the whole sequence runs
+    before the timed pass, for warm runs. ``aligned`` gives plain transformers 64-byte-aligned copies of its weights: the
+    reference for bit identity. ``time_limit_s`` ends the decoding early.
     """
 
     engine: str
@@ -38,6 +38,7 @@ class Task:
     implementation: str = "eager"
     memory_bytes: int | None = None
     resident: float | None = None
+    prefetch: str | None = None
     context: int = 256
     rehearsals: int = 0
     aligned: bool = False
@@ -63,7 +64,7 @@ def _load(task: Task) -> Any:
         import swapless
 
         target = {"memory": task.memory_bytes} if task.memory_bytes else {"resident": task.resident}
-        return swapless.load(task.folder, context=task.context, **target)
+        return swapless.load(task.folder, context=task.context, prefetch=task.prefetch, **target)
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(

@@ -197,8 +197,8 @@ def export(trainer: Trainer, tokenizer: PreTrainedTokenizerFast, folder: Path) -
     trainer.model.to(torch.bfloat16)
     trainer.model.generation_config = GenerationConfig(
         do_sample=True,
-        temperature=0.8,
-        top_p=0.95,
+        temperature=0.7,
+        top_p=0.9,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
