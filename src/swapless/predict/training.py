@@ -105,7 +105,7 @@ def train(
         for number in range(place, len(plan)):
             if course.epochs is None and (course.step == TIMING_STEPS):
                 a_step = (time.monotonic() - begun) / course.step
-                course.epochs = max(1, int(recipe.minutes * 60 / (a_step * a_epoch * (1 + recipe.held_out))))
+                course.epochs = max(epoch + 1, int(recipe.minutes * 60 / (a_step * a_epoch * (1 + recipe.held_out))))
             total = a_epoch * (course.epochs or 1 << 20)
             rng = np.random.default_rng([recipe.seed, 1, course.step])
             torch.manual_seed(int(rng.integers(1 << 62)))

@@ -51,6 +51,10 @@ class Vocabulary:
         found = self._index.get
         return np.fromiter((found(word, UNKNOWN) for word in column(trace, self.kind)), np.int64, len(trace))
 
+    def index(self, word: Any) -> int:
+        """Index of one token."""
+        return self._index.get(word, UNKNOWN)
+
     def arrays(self) -> dict[str, np.ndarray]:
         """The words as arrays that a file can hold."""
         if self.kind == "token_id":
