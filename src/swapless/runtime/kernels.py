@@ -39,7 +39,7 @@ ACTIVATIONS = {"silu": _SILU, "gelu_tanh": _GELU_TANH}
 _AT_ONCE = 4
 """Tokens that share one walk over the weights: as many as the sums of fit in registers."""
 
-_EXPAND_BYTES = 4 << 20
+EXPAND_BYTES = 4 << 20
 """Rows are expanded in pieces of about this size: they stay in the cache until they are multiplied."""
 
 _product_8_one, _product_8_many = product_8(1), product_8(_AT_ONCE)
@@ -230,7 +230,7 @@ def expanded_product(layout: MatrixLayout, matrix: int, x_NC: torch.Tensor) -> t
     """
     padded = torch.nn.functional.pad(x_NC, (0, layout.padded_columns - layout.columns))
     out = torch.empty(len(x_NC), layout.padded_rows)
-    at_once = max(1, _EXPAND_BYTES // (4 * ROW_BLOCK * layout.padded_columns))
+    at_once = max(1, EXPAND_BYTES // (4 * ROW_BLOCK * layout.padded_columns))
     for first in range(0, layout.row_blocks, at_once):
         blocks = min(at_once, layout.row_blocks - first)
         rows = slice(first * ROW_BLOCK, (first + blocks) * ROW_BLOCK)
