@@ -13,8 +13,12 @@ SWEPT = pytest.StashKey[dict[str, list[str]]]()
 """Family to the layouts that agreed in every bit."""
 
 
+SWEPT_PACKED = pytest.StashKey[dict[str, list[int]]]()
+"""Family to the bits in which its packed store stayed within the bounds."""
+
+
 def pytest_configure(config: pytest.Config) -> None:
-    config.stash[SWEPT] = {}
+    config.stash[SWEPT], config.stash[SWEPT_PACKED] = {}, {}
 
 
 @pytest.fixture(autouse=True)
@@ -33,8 +37,17 @@ def swept(request: pytest.FixtureRequest) -> dict[str, list[str]]:
     return request.config.stash[SWEPT]
 
 
+@pytest.fixture(scope="session")
+def swept_packed(request: pytest.FixtureRequest) -> dict[str, list[int]]:
+    """Where the packed sweep notes what stayed within the bounds."""
+    return request.config.stash[SWEPT_PACKED]
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    swept = config.stash.get(SWEPT, {})
+    swept, packed = config.stash.get(SWEPT, {}), config.stash.get(SWEPT_PACKED, {})
+    if packed:
+        both = sum(len(bits) == 2 for bits in packed.values())
+        terminalreporter.write_sep("-", f"{both} families packed in 8 and 4 bits stayed within the bounds")
     if not swept:
         return
     from tests.families.tiny import NOT_RUN

@@ -6,6 +6,7 @@ added to the output. Which expert is computed when is free; the additions must c
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -13,8 +14,19 @@ import torch
 import torch.nn.functional as F
 
 from swapless.runtime.families import ACCUMULATE_IN
+from swapless.runtime.pool import SlotPool
 
 _ALIGNMENT = 64
+
+
+class Experts(Protocol):
+    """Computes some experts of a MoE layer at once, from what lies in blocks of the pool."""
+
+    def __call__(
+        self, module: Any, moe_layer: int, blocks: Sequence[int], hidden: Sequence[torch.Tensor]
+    ) -> list[torch.Tensor]:
+        """Outputs (N, D) of each expert for its gathered tokens (N, D), before the gate weights."""
+        ...
 
 
 class Routed(Protocol):
@@ -96,6 +108,26 @@ def expert_output(module: Any, weights: dict[str, torch.Tensor], hidden_ND: torc
     h = module._apply_gate(h) if gated else module.act_fn(h)
     h = _linear(h, weights[out], weights[f"{out}_bias"] if bias else None, transposed)
     return module.post_expert_norm(h) if getattr(module, "has_post_expert_norm", False) else h
+
+
+class PlainExperts:
+    """Computes experts from their parameters as they lie in the pool.
+
+    Parameters
+    ----------
+    pool : SlotPool
+        Where the parameters are.
+    """
+
+    def __init__(self, pool: SlotPool) -> None:
+        self._pool = pool
+
+    def __call__(
+        self, module: Any, moe_layer: int, blocks: Sequence[int], hidden: Sequence[torch.Tensor]
+    ) -> list[torch.Tensor]:
+        """Outputs (N, D) of the experts in ``blocks`` of the pool for their gathered tokens (N, D), before the gate weights."""
+        parameters = (self._pool.parameters(moe_layer, block) for block in blocks)
+        return [expert_output(module, weights, tokens) for weights, tokens in zip(parameters, hidden, strict=True)]
 
 
 def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, transposed: bool) -> torch.Tensor:

@@ -19,14 +19,14 @@ from swapless.errors import ClosedError, UnsupportedOperationError, message
 from swapless.notation import Phase
 from swapless.runtime.ahead import Lookahead
 from swapless.runtime.budget import Budget
-from swapless.runtime.compute import Routed, accumulator, expert_output, routed
+from swapless.runtime.compute import Experts, Routed, accumulator, routed
 from swapless.runtime.fetch import Fetcher
 from swapless.runtime.memory import MemoryMeter
 from swapless.runtime.pool import SlotPool
 from swapless.runtime.routers import RouterTap
 from swapless.runtime.routing import RoutingLog, Step
 from swapless.runtime.stats import Stats
-from swapless.store.checkpoint import CheckpointStore
+from swapless.runtime.store import Store
 from swapless.store.probe import Probe
 from swapless.trace import Trace
 
@@ -47,9 +47,10 @@ class Engine:
     def __init__(
         self,
         *,
-        store: CheckpointStore,
+        store: Store,
         cache: ExpertCache,
         pool: SlotPool,
+        experts: Experts,
         budget: Budget,
         probe: Probe,
         meter: MemoryMeter,
@@ -60,6 +61,7 @@ class Engine:
         self.probe = probe
         self._cache = cache
         self._pool = pool
+        self._experts = experts
         self._meter = meter
         self._routing = routing
         self._fetcher = Fetcher(store, pool, budget, probe.depth, lookahead, cache.resident)
@@ -215,9 +217,10 @@ class Engine:
         outputs: dict[int, torch.Tensor] = {}
         prefetcher = self._fetcher.prefetcher
 
-        def compute(expert: int) -> None:
-            weights = self._pool.parameters(moe_layer, self._fetcher.block(slot_of[expert]))
-            outputs[expert] = expert_output(module, weights, tokens.gather(expert))
+        def compute(experts: list[int]) -> None:
+            blocks = [self._fetcher.block(slot_of[expert]) for expert in experts]
+            hidden = [tokens.gather(expert) for expert in experts]
+            outputs.update(zip(experts, self._experts(module, moe_layer, blocks, hidden), strict=True))
 
         for number, wave in enumerate(waves):
             coming = 0
@@ -229,13 +232,12 @@ class Engine:
             if prefetcher is not None and number == len(waves) - 1:
                 prefetcher.reads.pass_by(moe_layer)
                 prefetcher.look(moe_layer, hidden_TD)
-            for expert in here:
-                compute(expert)
+            compute(here)
             here = []
             for _ in range(coming):
                 read = self._fetcher.arrival()
                 self._fetcher.settle(read, slot_of[read.expert])
-                compute(read.expert)
+                compute([read.expert])
         for expert in sorted(outputs):
             tokens.add(out_TD, outputs[expert], expert)
         return out_TD
@@ -268,7 +270,7 @@ class Engine:
                 if read.expert not in streamed:
                     self._fetcher.settle(read, slot_of[read.expert])
             block = streamed[expert] if expert in streamed else self._fetcher.block(slot_of[expert])
-            y_ND = expert_output(module, self._pool.parameters(moe_layer, block), tokens.gather(expert))
+            (y_ND,) = self._experts(module, moe_layer, [block], [tokens.gather(expert)])
             tokens.add(out_TD, y_ND, expert)
             if expert in streamed:
                 self._fetcher.free_staging.append(block)

@@ -14,7 +14,7 @@ from swapless.runtime.ahead import Lookahead, Prefetcher, ReadAhead
 from swapless.runtime.budget import Budget
 from swapless.runtime.loader import Loader, Read
 from swapless.runtime.pool import SlotPool
-from swapless.store.checkpoint import CheckpointStore
+from swapless.runtime.store import Store
 
 
 class Fetcher:
@@ -22,7 +22,7 @@ class Fetcher:
 
     Parameters
     ----------
-    store : CheckpointStore
+    store : Store
         Where from.
     pool : SlotPool
         Where to; its first blocks are the cache slots, then come staging and the blocks for reading ahead.
@@ -38,7 +38,7 @@ class Fetcher:
 
     def __init__(
         self,
-        store: CheckpointStore,
+        store: Store,
         pool: SlotPool,
         budget: Budget,
         depth: int,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from swapless.cache.serve import ExpertCache
 from swapless.errors import CheckpointCorruptError, UsageError, message
 from swapless.notation import Phase
 from swapless.runtime.budget import Budget, plan_budget
+from swapless.runtime.compute import Experts, PlainExperts
 from swapless.runtime.door import MoeLayer, experts_of, load_non_experts
 from swapless.runtime.dry import activation_bytes, dry_run
 from swapless.runtime.engine import Engine
@@ -29,7 +30,9 @@ from swapless.runtime.pool import SlotPool, slot_bytes
 from swapless.runtime.routing import RoutingLog
 from swapless.runtime.source import checkpoint_folder
 from swapless.runtime.steps import StepHooks
+from swapless.runtime.store import Store
 from swapless.store.checkpoint import CheckpointStore, Extent
+from swapless.store.packed import PackedStore
 from swapless.store.probe import Probe, probe
 from swapless.store.read import FileReader
 from swapless.store.tensors import TensorReader
@@ -56,17 +59,18 @@ def load(
     dtype: str | torch.dtype = "auto",
     attn_implementation: str | None = None,
     local_files_only: bool = False,
+    check: bool = False,
     progress: Progress | None = None,
 ) -> PreTrainedModel:
     """An ordinary transformers model that holds its experts in a byte budget and reads the rest when needed.
 
     Its output equals transformers' with ``experts_implementation="eager"`` bit for bit, at one thread and with reference
-    weights aligned to 64 bytes.
+    weights aligned to 64 bytes. A packed store of 8 or 4 bits gives what its rounded weights give, computed in float32.
 
     Parameters
     ----------
     checkpoint : str or Path
-        Local folder, or hub id.
+        Local folder (a checkpoint or a packed store), or hub id.
     memory : str or int, optional
         What the whole process may hold: ``"8GiB"``, bytes, or ``"auto"`` (the default where no ``resident`` is given): most
         of what is available now.
@@ -86,6 +90,8 @@ def load(
         Type to compute in; ``"auto"`` takes the checkpoint's own, and only that reads experts without conversion.
     attn_implementation : str, optional
         As in ``from_pretrained``.
+    check : bool
+        Of a packed store: hold every block against its checksum when it is read.
     progress : callable of (str, float), optional
         Told what is going on and the share done.
 
@@ -115,6 +121,8 @@ def load(
     report("reading headers", 0.0)
     folder = checkpoint_folder(checkpoint, revision=revision, token=token, local_files_only=local_files_only)
     opened = open_checkpoint(folder, dtype)
+    if check and opened.manifest is None:
+        raise UsageError(message("Only a packed store has checksums to check.", got=folder, step="Leave check out."))
     context_tokens = _context(context, opened.config)
     layers = opened.layout.moe_layers
     shape: dict[str, int] = {
@@ -134,8 +142,9 @@ def load(
     model = _load_non_experts(opened, attn_implementation)
     report("measuring", 0.7)
     _warm_kernels(chosen)
+    compute = _computation(opened)
     dry = dry_run(model)
-    store = _open_store(layers)
+    store = _open_store(opened, check)
     measured = probe(store.reader, _sample_extents(store, layers))
     now_bytes = meter.now_bytes()
     fixed |= {
@@ -145,10 +154,15 @@ def load(
         "io_buffers": measured.depth * store.bounce_bytes,
         "policy": state_bytes(chosen, len(layers), max(layer.num_experts for layer in layers)),
     }
+    if compute.scratch_bytes:
+        fixed["scratch"] = compute.scratch_bytes
     budget = plan_budget(total_bytes=total_bytes, resident_share=share, fixed_parts=fixed, **shape)
     report("opening slots", 0.9)
     lookahead = GateLookahead(model, leads) if leads else None
-    engine = _engine(opened, chosen, store, budget, measured, meter, _model_id(checkpoint), dry.top_k, lookahead)
+    pool = SlotPool(layers, budget.slots + budget.staging_slots + budget.ahead_slots)
+    engine = _engine(
+        opened, chosen, store, pool, compute.of(pool), budget, measured, meter, _model_id(checkpoint), dry.top_k, lookahead
+    )
     for moe_layer, (_, module) in enumerate(experts_of(model)):
         module.swapless_engine = engine  # type: ignore[assignment]
         module.swapless_moe_layer = moe_layer  # type: ignore[assignment]
@@ -228,17 +242,36 @@ def _warm_kernels(policy: Policy) -> None:
     cache.forget(0, np.zeros(1, np.int32))
 
 
+class _Computation(NamedTuple):
+    """How experts are computed once there are slots, and what that holds beside them, in bytes."""
+
+    of: Callable[[SlotPool], Experts]
+    scratch_bytes: int
+
+
+def _computation(opened: OpenCheckpoint) -> _Computation:
+    manifest = opened.manifest
+    if manifest is None or manifest.bits == 16:
+        return _Computation(PlainExperts, 0)
+    from swapless.runtime.quantized import QuantizedExperts, scratch_bytes  # kernels are compiled when they are imported
+
+    return _Computation(lambda pool: QuantizedExperts(pool, manifest), scratch_bytes(manifest))
+
+
 def _all_experts(layers: Sequence[MoeLayer]) -> list[tuple[int, int]]:
     return [(moe_layer, expert) for moe_layer, layer in enumerate(layers) for expert in range(layer.num_experts)]
 
 
-def _open_store(layers: Sequence[MoeLayer]) -> CheckpointStore:
+def _open_store(opened: OpenCheckpoint, check: bool) -> Store:
+    if opened.manifest is not None:
+        return PackedStore(opened.folder, opened.manifest.moe_layers, check=check)
+    layers = opened.layout.moe_layers
     everyone = _all_experts(layers)
     files = {extent.file for i, e in everyone for source in layers[i].sources(e) for extent in source.extents}
     return CheckpointStore(lambda moe_layer, expert: layers[moe_layer].sources(expert), FileReader(sorted(files)), everyone)
 
 
-def _sample_extents(store: CheckpointStore, layers: Sequence[MoeLayer], most: int = 256) -> list[Extent]:
+def _sample_extents(store: Store, layers: Sequence[MoeLayer], most: int = 256) -> list[Extent]:
     everyone = _all_experts(layers)
     chosen = np.random.default_rng(0).permutation(len(everyone))[:most]
     return [extent for index in chosen for extent in store.extents(*everyone[index])]
@@ -252,7 +285,9 @@ def _model_id(checkpoint: str | Path) -> str:
 def _engine(
     opened: OpenCheckpoint,
     policy: Policy,
-    store: CheckpointStore,
+    store: Store,
+    pool: SlotPool,
+    experts: Experts,
     budget: Budget,
     measured: Probe,
     meter: MemoryMeter,
@@ -277,7 +312,8 @@ def _engine(
     return Engine(
         store=store,
         cache=ExpertCache(policy, len(layers), num_experts, pool_of_layer, pool_slots),
-        pool=SlotPool(layers, budget.slots + budget.staging_slots + budget.ahead_slots),
+        pool=pool,
+        experts=experts,
         budget=budget,
         probe=measured,
         meter=meter,

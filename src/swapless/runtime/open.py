@@ -17,16 +17,20 @@ from swapless.errors import (
     UsageError,
     message,
 )
-from swapless.runtime.door import Layout, checkpoint_layout, model_class, skeleton
+from swapless.runtime.door import Layout, checkpoint_layout, model_class, packed_layout, skeleton
 from swapless.runtime.families import NEEDS, unsupported_family
 from swapless.runtime.pool import slot_bytes
 from swapless.store.headers import TensorRef, read_config, read_headers
+from swapless.store.packed import Manifest, is_packed, read_manifest
 
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 class OpenCheckpoint(NamedTuple):
-    """A checkpoint whose headers were read: folder, configuration, model class, layout and tensors."""
+    """A checkpoint whose headers were read: folder, configuration, model class, layout and tensors.
+
+    Of a packed store, ``manifest`` is its manifest, and ``refs`` hold no experts.
+    """
 
     folder: Path
     config: Any
@@ -34,6 +38,7 @@ class OpenCheckpoint(NamedTuple):
     layout: Layout
     refs: dict[str, TensorRef]
     experts_a_token: int
+    manifest: Manifest | None = None
 
     @property
     def files(self) -> list[Path]:
@@ -81,6 +86,7 @@ def open_checkpoint(folder: Path, dtype: str | torch.dtype = "auto") -> OpenChec
     """
     raw = read_config(folder)
     _refuse_unserved(folder, raw)
+    manifest = read_manifest(folder) if is_packed(folder) else None
     refs = read_headers(folder)
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
@@ -91,12 +97,16 @@ def open_checkpoint(folder: Path, dtype: str | torch.dtype = "auto") -> OpenChec
     if config.model_type in NEEDS:
         raise unsupported_family(config)
     cls = model_class(config)
-    layout = checkpoint_layout(skeleton(cls, config), refs, resolve_dtype(dtype, config, refs))
+    if manifest is not None:
+        own = getattr(torch, manifest.dtype) if dtype == "auto" else resolve_dtype(dtype, config, refs)
+        layout = packed_layout(skeleton(cls, config), manifest, refs, own)
+    else:
+        layout = checkpoint_layout(skeleton(cls, config), refs, resolve_dtype(dtype, config, refs))
     if layout.top_k is None:
         raise UnsupportedFamilyError(
             message("The configuration does not say how many experts a token uses.", where=folder, got=config.model_type)
         )
-    return OpenCheckpoint(folder, config, cls, layout, refs, layout.top_k * len(layout.moe_layers))
+    return OpenCheckpoint(folder, config, cls, layout, refs, layout.top_k * len(layout.moe_layers), manifest)
 
 
 def _refuse_unserved(folder: Path, raw: dict[str, Any]) -> None:
@@ -157,16 +167,21 @@ def describe(folder: str | Path) -> CheckpointInfo:
     opened = open_checkpoint(Path(folder))
     layers = opened.layout.moe_layers
     expert_bytes = max(layer.expert_bytes for layer in layers)
+    form = "per-expert" if opened.layout.per_expert else "fused"
+    total_bytes = sum(ref.nbytes for ref in opened.refs.values())
+    if opened.manifest is not None:
+        form = f"packed, {opened.manifest.bits} bits"
+        total_bytes += sum(layer.num_experts * layer.block_bytes for layer in opened.manifest.moe_layers)
     return CheckpointInfo(
         family=opened.config.model_type,
         num_moe_layers=len(layers),
         num_experts=layers[0].num_experts,
         top_k=opened.experts_a_token // len(layers),
         dtype=str(opened.layout.dtype).removeprefix("torch."),
-        layout="per-expert" if opened.layout.per_expert else "fused",
+        layout=form,
         shards=len(opened.files),
         expert_bytes=expert_bytes,
-        total_bytes=sum(ref.nbytes for ref in opened.refs.values()),
+        total_bytes=total_bytes,
         non_expert_bytes=opened.layout.non_expert_bytes,
         token_cycle_bytes=opened.experts_a_token * expert_bytes,
         smallest_budget_bytes=BASE_BYTES + opened.layout.non_expert_bytes + 5 * slot_bytes(layers),

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, use_experts_implementation
 
+from swapless.runtime.door.gates import common_gate
 from swapless.runtime.door.layout import ExpertParameter, Layout, MoeLayer
 from swapless.runtime.door.match import checkpoint_layout, is_experts
 from swapless.runtime.door.model import (
@@ -20,6 +21,7 @@ from swapless.runtime.door.model import (
     skeleton,
     strip_experts,
 )
+from swapless.runtime.door.packed import packed_layout
 
 __all__ = [
     "ALL_EXPERTS_FUNCTIONS",
@@ -27,10 +29,12 @@ __all__ = [
     "Layout",
     "MoeLayer",
     "checkpoint_layout",
+    "common_gate",
     "experts_of",
     "is_experts",
     "load_non_experts",
     "model_class",
+    "packed_layout",
     "reference_experts",
     "skeleton",
     "strip_experts",

@@ -78,5 +78,6 @@ class Layout:
     top_k: int | None
     dtype: torch.dtype
     expert_keys: frozenset[str]
+    non_expert_keys: frozenset[str]
     non_expert_bytes: int
     per_expert: bool

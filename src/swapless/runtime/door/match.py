@@ -74,7 +74,7 @@ def checkpoint_layout(meta: PreTrainedModel, refs: Mapping[str, TensorRef], dtyp
     converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
     origins: dict[str, CheckpointOrigin] = {}
-    expert_keys = set()
+    expert_keys, non_expert_keys = set(), set()
     non_expert_bytes = 0
     for key in sorted(refs, key=dot_natural_key):
         target, pattern = rename_source_key(key, renamings, converters, meta.base_model_prefix, names)
@@ -87,13 +87,15 @@ def checkpoint_layout(meta: PreTrainedModel, refs: Mapping[str, TensorRef], dtyp
             expert_keys.add(key)
         elif target in names:
             ref = refs[key]
+            non_expert_keys.add(key)
             non_expert_bytes += int(np.prod(ref.shape)) * dtype.itemsize
     layers = tuple(_moe_layer(path, module, origins, dtype) for path, module in modules.items())
     return Layout(
         moe_layers=layers,
-        top_k=_top_k(meta.config),
+        top_k=top_k(meta.config),
         dtype=dtype,
         expert_keys=frozenset(expert_keys),
+        non_expert_keys=frozenset(non_expert_keys),
         non_expert_bytes=non_expert_bytes,
         per_expert=any(origin.merges() for origin in origins.values()),
     )
@@ -181,7 +183,8 @@ def _check_origin(origin: CheckpointOrigin | None, full_name: str, parameter: Ex
         )
 
 
-def _top_k(config: Any) -> int | None:
+def top_k(config: Any) -> int | None:
+    """Experts a token by the configuration, under any of the names that families give it."""
     text = config.get_text_config()
     for name in _TOP_K_NAMES:
         value = getattr(text, name, None)
