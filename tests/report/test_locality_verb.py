@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from swapless.cache.curves import hit_rate_curves
 from swapless.cli.main import app
 from swapless.locality import sch_lookahead, srp
+from swapless.report.results import results_of
 from swapless.testing import random_trace
 from swapless.trace import TraceHeader, write_trace
 from swapless.trace.importers import load_trace
@@ -171,3 +172,48 @@ def test_info_of_a_trace():
     assert facts["tokens"] == sum(facts["phases"].values())
     assert 0 < facts["overlap"] < 1
     assert "24 MoE layers" in CliRunner().invoke(app, ["info", str(SAMPLE)]).stdout
+
+
+def test_segments_longer_than_every_document_are_left_blank(tmp_path):
+    """SRP is 0 by definition there; a table or chart that showed it would say that the routing is worse than random."""
+    write_trace(tmp_path / "t.parquet", random_trace(np.random.default_rng(0), lengths=(9, 12), domains=("a", "b")))
+    done = run(tmp_path / "t.parquet", "--segments", "4,64", "--html", tmp_path / "p.html")
+    assert done.exit_code == 0, done.output
+    line = next(line for line in done.stdout.splitlines() if line.startswith("64 "))
+    assert line.split()[1::2][:2] == ["-", "-"]
+    document = json.loads(run(tmp_path / "t.parquet", "--segments", "4,64", "--json").stdout)
+    long = {"segment_tokens": 64, "domain": None}
+    assert [find(document, measure=name, level="model", **long)["value"] for name in ("srp", "srp_relative_size")] == [0, 0]
+    (shown,) = results_of([document])
+    assert shown.shown_segment == 4
+    assert [row["value"] is None for row in shown.rows("srp", "model")] == [False, True]
+    page = (tmp_path / "p.html").read_text(encoding="utf-8")
+    assert page.count('class="plot"') == 8
+
+
+def test_intervals_follow_their_options(small):
+    def ends(*options):
+        rows = json.loads(run(small[0], "--segments", "4", "--json", *options).stdout)["rows"]
+        return [(row["ci_low"], row["ci_high"]) for row in rows if row["measure"] in ("srp", "sch", "hit_rate")]
+
+    assert set(ends("--replicates", "0")) == {(None, None)}
+    assert ends("--seed", "1") == ends("--seed", "1") != ends("--seed", "2")
+
+
+def test_ranges_of_documents_and_a_domain(small):
+    for options, documents, domains in (
+        (("--documents", "0-2"), 3, ["<b>", "a"]),
+        (("--documents", "1,3"), 2, ["<b>"]),
+        (("--domain", "a"), 2, ["a"]),
+        (("--documents", "0-998", "--phase", "decode"), 4, ["<b>", "a"]),
+    ):
+        done = run(small[0], "--json", "--segments", "4", "--replicates", "0", *options)
+        about = json.loads(done.stdout)["trace"]
+        assert (about["documents"], about["domains"], about["phases"]) == (documents, domains, ["decode"])
+    for options, said in (
+        (("--documents", "7"), "documents 0-3"),
+        (("--domain", "c"), "<b>, a"),
+        (("--documents", "3-1"), "0-998"),
+    ):
+        done = run(small[0], *options)
+        assert done.exit_code == 2 and said in done.stderr

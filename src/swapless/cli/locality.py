@@ -89,8 +89,10 @@ def _print(out: Out, result: dict[str, Any]) -> None:
         shuffled = found["srp_shuffled", None, "model", m, None, None]
         size = found["srp_relative_size", None, "model", m, None, None]
         sch = [found["sch", "lookahead", "layer_mean", m, c, "free"]["value"] for c in marks.values()]
-        fields = [srp["value"], srp["chance"], shuffled["value"]]
-        table.append([f"{m}", *map(_percent, fields), f"{size['value']:.2f}", *map(_percent, sch)])
+        shown = [_percent(srp["value"]), _percent(srp["chance"]), _percent(shuffled["value"]), f"{size['value']:.2f}"]
+        if found["working_set", None, "layer_mean", m, None, None]["value"] is None:  # no document is that long
+            shown = ["-", shown[1], "-", "-"]
+        table.append([f"{m}", *shown, *map(_percent, sch)])
     out.table(columns, table, title="Segment routing best performance and segment cache best hit rate (look-ahead)")
     curves = []
     for variant in ("lru", "lfu", "belady"):

@@ -111,8 +111,10 @@ def srp_chart(results: list[Result]) -> Chart:
     for result in results:
         rows = result.rows("srp", "model")
         x = [row["segment_tokens"] for row in rows]
-        if all(row["ci_low"] is not None for row in rows):
-            data.append(band(x, [r["ci_low"] for r in rows], [r["ci_high"] for r in rows], result.colour))
+        known = [row for row in rows if row["ci_low"] is not None]
+        if len(known) > 1:
+            ends = ([row[name] for row in known] for name in ("segment_tokens", "ci_low", "ci_high"))
+            data.append(band(*ends, result.colour))
         data.append(line(result.name, x, [r["value"] for r in rows], result.colour, mode="lines+markers", width=3))
         mixed = result.rows("srp_shuffled", "model")
         data.append(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from swapless.report.figures import GREY, MOST_DOMAINS, Chart, Figure, layout
-from swapless.report.results import Result
+from swapless.report.results import Result, Row
 
 RISING = [[0, "#f8fafc"], [0.25, "#bfdbfe"], [0.5, "#60a5fa"], [0.75, "#2563eb"], [1, "#1e3a8a"]]
 AROUND = [[0, "#b45309"], [0.25, "#fbbf24"], [0.5, "#f8fafc"], [0.75, "#60a5fa"], [1, "#1e3a8a"]]
@@ -22,8 +22,8 @@ def layer_chart(result: Result, number: int) -> Chart:
     segments = result.settings["segments"]
     rows = {(r["moe_layer"], r["segment_tokens"]): r for r in result.rows("srp", "moe_layer")}
     layers = list(range(result.layers))
-    excess = [[rows[layer, m]["value"] - rows[layer, m]["chance"] for layer in layers] for m in segments]
-    largest = max(1e-9, *(abs(value) for line in excess for value in line))
+    excess = [[_excess(rows[layer, m]) for layer in layers] for m in segments]
+    largest = max([1e-9, *(abs(value) for line in excess for value in line if value is not None)])
     figure = heat(
         layers,
         [str(m) for m in segments],
@@ -52,6 +52,10 @@ def layer_chart(result: Result, number: int) -> Chart:
             for m in segments
         ],
     )
+
+
+def _excess(row: Row) -> float | None:
+    return None if row["value"] is None else row["value"] - row["chance"]
 
 
 def load_chart(result: Result, number: int) -> Chart:
@@ -86,16 +90,16 @@ def load_chart(result: Result, number: int) -> Chart:
 
 
 def domain_chart(result: Result, number: int) -> Chart | None:
-    """SRP and LRU of each domain, or None for fewer than two domains."""
+    """SRP and LRU of each domain, or None for fewer than two domains with a window of that length."""
     segment = result.shown_segment
     srp = [r for r in result.rows("srp", "model", domain="any", segment_tokens=segment) if r["domain"] is not None]
-    if len(srp) < 2:
+    measured = [r for r in srp if r["value"] is not None and r["value"] > 0]
+    if len(measured) < 2:
         return None
     capacity = min(result.experts, max(1, round(result.settings["cache_ratios"][0] * result.top_k)))
     wanted = {"variant": "lru", "cold": "miss", "domain": "any", "capacity_experts": capacity}
     lru = {r["domain"]: r["value"] for r in result.rows("hit_rate", "layer_mean", **wanted)}
     overall = result.rows("srp", "model", segment_tokens=segment)[0]
-    measured = [r for r in srp if r["value"] is not None and r["value"] > 0]
     ordered = sorted(measured, key=lambda r: r["value"])
     half = MOST_DOMAINS // 2
     shown = ordered if len(ordered) <= MOST_DOMAINS else [*ordered[:half], *ordered[-half:]]

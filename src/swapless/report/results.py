@@ -25,8 +25,13 @@ class Result:
         self.header, self.settings = document["header"], document["settings"]
         self.verdict, self.about = document["verdict"], document["trace"]
         self._by_measure: dict[tuple[str, str], list[Row]] = {}
+        empty = {r["segment_tokens"] for r in document["rows"] if r["measure"] == "working_set" and r["value"] is None}
+        nothing = {"value": None, "ci_low": None, "ci_high": None}
         for row in document["rows"]:
-            self._by_measure.setdefault((row["measure"], row["level"]), []).append(row)
+            # SRP is 0 by definition where every document is shorter than the segment; a chart shows nothing there.
+            shown = row | nothing if row["measure"].startswith("srp") and row["segment_tokens"] in empty else row
+            self._by_measure.setdefault((row["measure"], row["level"]), []).append(shown)
+        self._segments = [m for m in self.settings["segments"] if m not in empty] or self.settings["segments"]
 
     @property
     def experts(self) -> int:
@@ -45,8 +50,8 @@ class Result:
 
     @property
     def shown_segment(self) -> int:
-        """The segment length that single-length charts show: 16 tokens where measured, else the one nearest to it."""
-        return int(min(self.settings["segments"], key=lambda m: (abs(m - 16), m)))
+        """The segment length that single-length charts show: the one nearest to 16 tokens that some document has."""
+        return int(min(self._segments, key=lambda m: (abs(m - 16), m)))
 
     def rows(self, measure: str, level: str, **wanted: Any) -> list[Row]:
         """Rows of a measure and level whose fields are as ``wanted``; ``domain`` is null unless asked for."""
