@@ -43,12 +43,8 @@ def test_routing_is_balanced_and_local(results):
     assert results["routing"]["lru_lead"] >= 0.05
 
 
-def test_continuations_stay_in_their_domain_or_the_card_says_where_not(results):
-    accuracy = results["continuations"]["accuracy"]
-    assert results["continuations"]["accuracy_mean"] >= 0.8
-    limits = (FOLDER / "MODEL_CARD.md").read_text().split("## Limits")[1]
-    for domain, share in accuracy.items():
-        assert (f"{domain} ({share:.1f})" in limits) == (share < 0.8), domain
+def test_continuations_stay_in_their_domain(results):
+    assert min(results["continuations"]["accuracy"].values()) >= 0.8
 
 
 def test_no_path_of_a_machine_in_any_text_file():
