@@ -86,6 +86,7 @@ def test_processes_change_nothing():
         (["--pool", "heap"], "layer, shared, floor"),
         (["--request-model", "batch"], "token, single"),
         (["--protocol", "moe-beyond"], "--predictions DIR"),
+        (["--protocol", "moe-beyond", "--predictions", ".", "--capacity", "166"], "takes shares"),
         (["--protocol", "moe-beyon"], "Did you mean 'moe-beyond'"),
     ],
 )

@@ -89,14 +89,19 @@ def _capacities(text: str) -> list[float | int]:
 
 def _published(protocol: str | None, predictions: Path | None, sizes: list[float | int]) -> list[dict[str, Any]]:
     from swapless.cache.moe_beyond import moe_beyond, read_predictions
-    from swapless.errors import UnknownNameError, UsageError
+    from swapless.errors import CapacityError, UnknownNameError, UsageError, message
 
     if protocol != "moe-beyond":
         raise UnknownNameError.of("protocol", str(protocol), ["moe-beyond"])
     if predictions is None:
         raise UsageError("The protocol moe-beyond replays predictions from files: give --predictions DIR.")
-    texts = read_predictions(predictions)
     shares = [size for size in sizes if isinstance(size, float)]
+    if len(shares) < len(sizes):
+        counts = ", ".join(str(size) for size in sizes if not isinstance(size, float))
+        raise CapacityError(
+            message("The protocol moe-beyond takes shares of all experts.", got=counts, allowed="0.1, 0.25, ...")
+        )
+    texts = read_predictions(predictions)
     return [moe_beyond(texts, share, prefetch=prefetch) for prefetch in (False, True) for share in shares]
 
 
