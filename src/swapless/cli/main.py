@@ -29,6 +29,7 @@ VERBS = {
     "locality": "swapless.cli.locality:locality",
     "simulate": "swapless.cli.simulate:simulate",
     "predict": "swapless.cli.predict:VERBS",
+    "oracle": "swapless.cli.oracle:VERBS",
     "demo": "swapless.cli.demo:demo",
 }
 

@@ -60,6 +60,8 @@ class OracleMoeConfig(PreTrainedConfig):
         Experts changed a token that a learned gate may spend; training finds the bonus for staying that keeps to it.
     sticky_weight : float
         Weight of the penalty of ``sticky`` on the squared step of its gate vector.
+    trained : bool
+        Whether the weights were trained; a fit needs them to be.
     soft_mass, soft_tokens : float
         Share of the attention that ``soft-theme`` keeps, and the tokens over which its mean forgets.
 
@@ -97,6 +99,7 @@ class OracleMoeConfig(PreTrainedConfig):
     sticky_weight: float = 0.3
     soft_mass: float = 0.75
     soft_tokens: float = 32.0
+    trained: bool = False
     use_cache: bool = True
     tie_word_embeddings: bool = False
     bos_token_id: int | None = None

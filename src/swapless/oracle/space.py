@@ -122,6 +122,14 @@ def fit_space(
     offset = mean @ projection
     reduced = points @ projection - offset
     centroids = KMeans(num_experts, n_init=10, random_state=seed).fit(reduced).cluster_centers_
+    for _ in range(min(rounds, 4 * num_experts)):  # a region of a few far points is worth no expert: split a crowded one
+        labels = ((reduced[:, None, :] - centroids[None]) ** 2).sum(axis=2).argmin(axis=1)
+        counts = np.bincount(labels, minlength=num_experts)
+        if counts.min() >= LEAST_SHARE * len(reduced) / num_experts or counts.max() < 2:
+            break
+        halves = KMeans(2, n_init=4, random_state=seed).fit(reduced[labels == counts.argmax()]).cluster_centers_
+        centroids[[counts.argmin(), counts.argmax()]] = halves
+        centroids = KMeans(num_experts, init=centroids, n_init=1, max_iter=10).fit(reduced).cluster_centers_
     centroids, bias, labels = _balance(reduced, centroids, rounds)
     distance = float(np.linalg.norm(reduced - centroids[labels], axis=1).mean())
     shares = np.bincount(labels, minlength=num_experts) / len(labels)

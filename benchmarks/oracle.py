@@ -1,0 +1,183 @@
+"""Twins of one size, trained one after the other: what does each router cost in quality, and what does it save in swaps?
+
+    python -m benchmarks.oracle --corpus domains.parquet            # say what would run, and what is done
+    python -m benchmarks.oracle --corpus domains.parquet --queue    # run it; stop at any moment, start again, it goes on
+    python -m benchmarks.oracle --corpus domains.parquet --queue --only theme-gate,switch
+
+Stages: `tune` trains `dense` and `switch` a quarter as long at three learning rates; `twins` trains every router at the best
+rate of `switch` (`dense` at its own); `seeds` repeats `dense`, `switch` and the winner. Each run leaves `result.json` and bf16
+weights in its folder, and a copy of the result in `benchmarks/results/oracle/`; the table is built from those.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer
+
+from benchmarks.results import RESULTS, commit, machine, versions
+from swapless import embedded
+from swapless.cli.oracle import compare as print_table
+from swapless.manifest import write_json
+from swapless.oracle.compare import measure_run, rows_of
+from swapless.oracle.corpus import domain_texts, read_documents, token_streams
+from swapless.oracle.evaluate import held_out
+from swapless.oracle.recipe import Recipe
+from swapless.oracle.train import train
+
+RATES = (1.5e-3, 3e-3, 6e-3)
+BUDGET = 0.08
+"""Experts changed a token that a gate may spend in training; the bar is 0.1 on held-out text."""
+ROUTERS: dict[str, dict[str, Any]] = {
+    "dense": {},
+    "switch": {},
+    "theme-gate": {"changes": {"change_budget": BUDGET}},
+    "oracle": {},
+    "switch-budget": {"router": "switch", "changes": {"change_budget": BUDGET}},
+    "theme-gate-slow": {"router": "theme-gate", "changes": {"memory_tokens": 0.0, "change_budget": BUDGET}},
+    "prefix-mean": {},
+    "hash-document": {},
+    "sticky": {},
+    "soft-theme": {},
+    "attention-output": {},
+    "oracle-switch-warmup": {"router": "oracle", "warmup": "switch"},
+    "oracle-paper": {},
+}
+"""Runs of the stage `twins` in their order: the question first, then the guards, then the rest."""
+NOT_WINNERS = ("dense", "switch", "hash-document", "prefix-mean", "oracle-paper")
+MOST_CHANGES, LEAST_EXPERTS = 10.0, 3.0
+
+
+class Queue:
+    """The list of runs, each known by name; what later ones are depends on the results of earlier ones."""
+
+    def __init__(self, out: Path, base: Recipe, seeds: int) -> None:
+        self.out, self.base, self.seeds = out, base, seeds
+
+    def result(self, name: str) -> dict[str, Any] | None:
+        """The result of a finished run."""
+        file = self.out / name / "result.json"
+        return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+
+    def recipe(self, name: str, **changes: Any) -> Recipe:
+        """The recipe of a router by its name here."""
+        return replace(self.base, **{"router": name} | ROUTERS.get(name, {}) | changes)
+
+    def best_rate(self, router: str) -> float | None:
+        """The tuned learning rate; None until all rates were tried."""
+        found = {rate: self.result(f"tune-{router}-{rate:g}") for rate in RATES}
+        losses = {rate: result["figures"]["held_out_loss"] for rate, result in found.items() if result is not None}
+        return min(losses, key=lambda rate: losses[rate]) if len(losses) == len(RATES) else None
+
+    def winner(self) -> str | None:
+        """The router of lowest loss among those that change few experts and still follow a text; None if there is none."""
+        fit: dict[str, float] = {}
+        for name in ROUTERS:
+            result = None if name in NOT_WINNERS else self.result(name)
+            if result is None:
+                continue
+            figures = result["figures"]
+            rates = figures["routing"]["changes_per_100"] + figures["routing_generated"]["changes_per_100"]
+            follows = min(figures["routing_joined"]["experts_in_window"]) >= LEAST_EXPERTS
+            if max(rates) <= MOST_CHANGES and follows:
+                fit[name] = figures["held_out_loss"]
+        return min(fit, key=lambda name: fit[name]) if fit else None
+
+    def runs(self) -> Iterator[tuple[str, Recipe | None]]:
+        """Names and recipes in order; a recipe is None while it still depends on a run that is not done."""
+        quarter = {"steps": self.base.steps // 4, "warmup_steps": max(1, self.base.warmup_steps // 4)}
+        for router in ("dense", "switch"):
+            for rate in RATES:
+                yield f"tune-{router}-{rate:g}", self.recipe(router, peak_lr=rate, **quarter)
+        for name in ROUTERS:
+            rate = self.best_rate("dense" if name == "dense" else "switch")
+            yield name, None if rate is None else self.recipe(name, peak_lr=rate)
+        for seed in range(1, self.seeds):
+            for name in ("dense", "switch", "winner"):
+                real = self.winner() if name == "winner" else name
+                rate = self.best_rate("dense" if name == "dense" else "switch")
+                known = None if real is None or rate is None else self.recipe(real, peak_lr=rate, seed=seed)
+                yield f"{real or name}-seed{seed}", known
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--corpus", type=Path, required=True)
+    parser.add_argument("--out", type=Path, default=Path("out/oracle"), help="folder of the runs")
+    parser.add_argument("--queue", action="store_true", help="run what is not done")
+    parser.add_argument("--only", default=None, metavar="LIST", help="names of runs, by their beginnings")
+    parser.add_argument("--steps", type=int, default=Recipe().steps)
+    parser.add_argument("--warmup-steps", type=int, default=Recipe().warmup_steps)
+    parser.add_argument("--rate", type=float, default=None, help="this learning rate for all, without tuning")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--no-store", action="store_true", help="leave benchmarks/results alone")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    base = Recipe(steps=arguments.steps, warmup_steps=arguments.warmup_steps)
+    queue = Queue(arguments.out, base, arguments.seeds)
+    if arguments.rate is not None:
+        queue.best_rate = lambda router: arguments.rate  # type: ignore[method-assign]
+    wanted = None if arguments.only is None else tuple(arguments.only.split(","))
+
+    def chosen() -> list[tuple[str, Recipe | None]]:
+        named = [run for run in queue.runs() if wanted is None or run[0].startswith(wanted)]
+        return [run for run in named if arguments.rate is None or not run[0].startswith("tune-")]
+
+    if arguments.queue:
+        _run(queue, chosen, arguments.corpus, store=not arguments.no_store)
+    for name, recipe in chosen():
+        state = "done" if queue.result(name) else "open" if recipe else "waits for earlier runs"
+        print(f"{name:24} {state}", file=sys.stderr)
+    finished = [name for name, _ in chosen() if not name.startswith("tune-") and queue.result(name)]
+    if finished:
+        print_table([arguments.out / name for name in finished], html=arguments.out / "page.html", corpus=None, threads=None)
+        results = [queue.result(name) for name in finished]
+        print(json.dumps(rows_of([result for result in results if result is not None])))
+
+
+def _run(queue: Queue, chosen: Any, corpus: Path, *, store: bool) -> None:
+    queue.out.mkdir(parents=True, exist_ok=True)
+    documents = read_documents(corpus)
+    tokenizer = AutoTokenizer.from_pretrained(embedded.path())
+    held_in = token_streams(domain_texts(documents, held_out=False), tokenizer, queue.out)
+    unseen = token_streams(domain_texts(documents, held_out=True), tokenizer, queue.out)
+    data = held_out(unseen, window_tokens=queue.base.window_tokens, end=tokenizer.eos_token_id)
+    done: set[str] = set()
+    while True:
+        left = [(name, recipe) for name, recipe in chosen() if recipe is not None and name not in done]
+        left = [(name, recipe) for name, recipe in left if queue.result(name) is None]
+        if not left:
+            return
+        name, recipe = left[0]
+        done.add(name)
+
+        def report(stage: str, share: float, name: str = name) -> None:
+            print(f"\r{name}: {share:4.0%} {stage:40}", end="", file=sys.stderr, flush=True)
+
+        run = queue.out / name
+        train(recipe, held_in, tokenizer, run, warmups=queue.out / "warmups", report=report)
+        result = measure_run(run, data, name=name, report=report)
+        figures = result["figures"]
+        print(f"\r{name}: loss {figures['held_out_loss']:.4f}, joined {figures['joined_loss']:.4f}{'':40}", file=sys.stderr)
+        if store:
+            (RESULTS / "oracle").mkdir(parents=True, exist_ok=True)
+            about = {
+                "machine": machine(),
+                "versions": versions(),
+                "commit": commit(),
+                "command": "python -m benchmarks.oracle --queue",
+            }
+            write_json(RESULTS / "oracle" / f"{name}.json", result | about)
+
+
+if __name__ == "__main__":
+    main()

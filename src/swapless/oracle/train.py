@@ -1,0 +1,358 @@
+"""Train one run: warm up, fit, fork, go on. Every twin comes from here, and sees the same tokens in the same order.
+
+A run folder holds ``recipe.json``, ``log.jsonl`` (a line every ten steps), ``checkpoint.pt`` while it runs and ``model/`` when
+it is done. A run that was stopped goes on from its last checkpoint, on a CPU bit for bit as if it had never stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import GenerationConfig, PreTrainedTokenizerFast
+
+from swapless.errors import UsageError, message
+from swapless.manifest import write_json, write_whole
+from swapless.oracle.corpus import WindowSampler
+from swapless.oracle.fit import fit_routers
+from swapless.oracle.fork import Carry, fork, match_experts
+from swapless.oracle.losses import router_losses
+from swapless.oracle.model import OracleMoeForCausalLM
+from swapless.oracle.recipe import Recipe
+from swapless.oracle.router import changes
+from swapless.oracle.sorted_experts import SORTED, register_sorted_experts
+
+__all__ = ["Trainer", "export", "join_rows", "train"]
+
+Report = Callable[[str, float], None]
+
+
+def join_rows(ids_BT: np.ndarray, share: float, rng: np.random.Generator) -> np.ndarray:
+    """The batch with a share of its rows replaced by the beginnings, middles and ends of three neighbours: int64 (B, T)."""
+    out = ids_BT.copy()
+    rows, tokens = ids_BT.shape
+    for row in range(rows - round(share * rows), rows):
+        first, second = np.sort(rng.integers(tokens // 5, 4 * tokens // 5, 2))
+        out[row, first:second] = ids_BT[(row + rows // 3) % rows, first:second]
+        out[row, second:] = ids_BT[(row + 2 * rows // 3) % rows, second:]
+    return out
+
+
+class Trainer:
+    """Model, optimiser and data order of one run; :meth:`step` changes all three. ``forked`` says that the warm-up is over.
+
+    Parameters
+    ----------
+    recipe : Recipe
+        What to do.
+    streams : dict of str to int32 ndarray
+        Held-in tokens by domain.
+    tokens : dict
+        ``vocab_size`` and special ids of the tokenizer, for the configuration.
+    accelerator : accelerate.Accelerator
+        Devices, precision and processes.
+    """
+
+    def __init__(self, recipe: Recipe, streams: dict[str, np.ndarray], tokens: dict[str, Any], accelerator: Any) -> None:
+        self.recipe, self._tokens, self._accelerator = recipe, tokens, accelerator
+        self._sampler = WindowSampler(
+            streams, rows=recipe.rows, window_tokens=recipe.window_tokens, power=recipe.domain_power, seed=recipe.seed
+        )
+        self.step_count = 0
+        self.forked = False
+        self.elapsed_s = 0.0
+        self.fit_notes: list[dict[str, float]] = []
+        torch.manual_seed(recipe.seed)
+        self._adopt(OracleMoeForCausalLM(recipe.warmup_config(**tokens)))
+
+    @property
+    def model(self) -> OracleMoeForCausalLM:
+        """The model itself, out of its wrappers."""
+        return self._accelerator.unwrap_model(self._wrapped)
+
+    def _adopt(self, model: OracleMoeForCausalLM) -> None:
+        register_sorted_experts()
+        if model.config.moe_blocks:
+            model.set_experts_implementation(SORTED)
+        matrices = [p for p in model.parameters() if p.ndim >= 2]
+        vectors = [p for p in model.parameters() if p.ndim < 2]
+        groups = [{"params": matrices, "weight_decay": self.recipe.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+        optimiser = torch.optim.AdamW(groups, lr=self.recipe.peak_lr, betas=(0.9, 0.95), fused=True)
+        self._wrapped, self._optimiser = self._accelerator.prepare(model, optimiser)
+
+    def fork(self, report: Report = lambda stage, done: None) -> None:
+        """End the warm-up: fit the routers to held-in text, make the experts, carry the optimiser's moments over."""
+        recipe, old = self.recipe, self.model
+        config = recipe.config(**self._tokens)
+        self.forked = True
+        if config.router == old.config.router and config.to_dict() == old.config.to_dict():
+            return
+        batches = self._fit_batches(old.device)
+        needs_fit = config.kind.choice == "centroids" or config.kind.theme == "group"
+        fits = None
+        if needs_fit:
+            fits = fit_routers(old, config, batches, seed=recipe.seed, report=lambda done: report("fitting", done))
+            spaces = [(found, found.space) for found in fits if found.space is not None]
+            self.fit_notes = [
+                {"tau": f.tau, "groups": f.groups, "least_share": float(s.shares.min()), "distance": s.distance}
+                for f, s in spaces
+            ]
+        torch.manual_seed(recipe.seed + 1)
+        new, carry = fork(old, config, fits, None)
+        if old.config.router != "dense" and recipe.expert_map == "match" and config.kind.choice == "centroids":
+            new, carry = fork(old, config, fits, match_experts(old, new.to(old.device), batches))
+        moments = self._moments()
+        self._adopt(new)
+        self._put_moments(moments, carry)
+
+    def _fit_batches(self, device: torch.device) -> list[Tensor]:
+        # A sampler of its own: the order of the training windows must not depend on the router.
+        recipe, streams = self.recipe, self._sampler.streams
+        sampler = WindowSampler(
+            streams, rows=recipe.rows, window_tokens=recipe.window_tokens, power=recipe.domain_power, seed=recipe.seed + 10_000
+        )
+        drawn = [sampler.next_batch()[:, :-1] for _ in range(recipe.fit_batches)]
+        rng = np.random.default_rng([recipe.seed, 2])
+        return [torch.from_numpy(join_rows(ids, recipe.joined_share, rng)).to(device) for ids in drawn]
+
+    def _moments(self) -> dict[str, dict[str, Tensor]]:
+        """The optimiser's state by its keys, then by parameter name."""
+        found: dict[str, dict[str, Tensor]] = {"step": {}, "exp_avg": {}, "exp_avg_sq": {}}
+        states = self._optimiser.state
+        for name, parameter in self.model.named_parameters():
+            for key, value in states.get(parameter, {}).items():
+                found[key][name] = value
+        return found
+
+    def _put_moments(self, moments: dict[str, dict[str, Tensor]], carry: Carry) -> None:
+        inner = getattr(self._optimiser, "optimizer", self._optimiser)
+        steps = moments["step"].values()
+        for name, parameter in self.model.named_parameters():
+            carried = [carry(moments[key], name) for key in ("exp_avg", "exp_avg_sq")]
+            if carried[0] is None or carried[1] is None:
+                continue
+            inner.state[parameter] = {
+                "step": next(iter(steps)).clone(),
+                "exp_avg": carried[0].clone().contiguous(),
+                "exp_avg_sq": carried[1].clone().contiguous(),
+            }
+
+    def step(self) -> dict[str, Any]:
+        """One optimiser step; returns the figures to log."""
+        started = time.monotonic()
+        recipe, accelerator = self.recipe, self._accelerator
+        drawn = join_rows(
+            self._sampler.next_batch(), recipe.joined_share, np.random.default_rng([recipe.seed, 1, self.step_count])
+        )
+        mine = drawn[accelerator.process_index :: accelerator.num_processes]
+        ids_BT = torch.from_numpy(mine).to(accelerator.device)
+        rate = recipe.learning_rate(self.step_count)
+        for group in self._optimiser.param_groups:
+            group["lr"] = rate
+        self._wrapped.train()
+        out = self._wrapped(ids_BT[:, :-1], use_cache=False)
+        loss = F.cross_entropy(out.logits.float().flatten(0, 1), ids_BT[:, 1:].flatten())
+        extra = router_losses(self.model, out, recipe.balance)
+        self._optimiser.zero_grad(set_to_none=True)
+        accelerator.backward(loss + extra)
+        norm = accelerator.clip_grad_norm_(self._wrapped.parameters(), recipe.max_grad_norm)
+        self._optimiser.step()
+        for router, ids_TK in zip(self.model.routers, out.expert_ids, strict=True):
+            router.observe(ids_TK, out.restarts.to(ids_TK.device))
+        self.step_count += 1
+        self.elapsed_s += time.monotonic() - started
+        figures: dict[str, Any] = {"loss": loss.item(), "router_loss": extra.item(), "grad_norm": float(norm), "lr": rate}
+        if out.expert_ids:
+            figures["changes"] = [round(float(changes(ids, out.restarts.to(ids.device))), 4) for ids in out.expert_ids]
+            figures["stay"] = [round(float(router.stay), 3) for router in self.model.routers if hasattr(router, "stay")]
+        return figures
+
+    def save(self, path: Path) -> None:
+        """Write the whole state, whole or not at all."""
+        state = {
+            "recipe": asdict(self.recipe),
+            "forked": self.forked,
+            "model": self.model.state_dict(),
+            "optimiser": self._optimiser.state_dict(),
+            "rng": torch.get_rng_state(),
+            "sampler": self._sampler.state,
+            "step_count": self.step_count,
+            "elapsed_s": self.elapsed_s,
+            "fit_notes": self.fit_notes,
+        }
+        if self._accelerator.is_main_process:
+            write_whole(path, lambda part: torch.save(state, part))
+
+    def restore(self, path: Path, *, shared: bool = False) -> None:
+        """Go on from a checkpoint of the same recipe, or from a ``shared`` warm-up.
+
+        Raises
+        ------
+        UsageError
+            The checkpoint is of another recipe.
+        """
+        state = torch.load(path, weights_only=True, map_location="cpu")
+        if (
+            not shared
+            and state["recipe"] != json.loads(json.dumps(asdict(self.recipe)))
+            and state["recipe"] != asdict(self.recipe)
+        ):
+            differs = sorted(k for k, v in asdict(self.recipe).items() if state["recipe"].get(k) != v)
+            raise UsageError(
+                message(
+                    "The run was begun with another recipe.",
+                    where=path,
+                    got=f"differs in {', '.join(differs)}",
+                    step="Use a new run folder.",
+                )
+            )
+        self.forked = state["forked"]
+        if self.forked:
+            self._adopt(OracleMoeForCausalLM(self.recipe.config(**self._tokens)))
+        self.model.load_state_dict(state["model"])
+        self._optimiser.load_state_dict(state["optimiser"])
+        torch.set_rng_state(state["rng"])
+        self._sampler.restore(state["sampler"])
+        self.step_count, self.elapsed_s, self.fit_notes = state["step_count"], state["elapsed_s"], state["fit_notes"]
+
+
+def train(
+    recipe: Recipe,
+    streams: dict[str, np.ndarray],
+    tokenizer: PreTrainedTokenizerFast,
+    run: Path,
+    *,
+    warmups: Path | None = None,
+    precision: str = "no",
+    save_every_s: float = 120.0,
+    report: Report = lambda stage, done: None,
+) -> Path:
+    """Train, or go on training, and export the model.
+
+    Parameters
+    ----------
+    recipe : Recipe
+        What to do.
+    streams : dict of str to int32 ndarray
+        Held-in tokens by domain.
+    tokenizer : PreTrainedTokenizerFast
+        Saved beside the weights.
+    run : Path
+        The run's folder.
+    warmups : Path, optional
+        Folder in which runs share their warm-ups.
+    precision : str
+        Mixed precision of Accelerate: ``"no"`` or ``"bf16"``.
+    save_every_s : float
+        Between checkpoints.
+    report : callable
+        Told the stage and the share done.
+
+    Returns
+    -------
+    Path
+        The folder of the exported model; at once if it is there already.
+
+    Raises
+    ------
+    UsageError
+        The folder holds a run of another recipe.
+    """
+    from accelerate import Accelerator
+
+    exported = run / "model"
+    if (exported / "config.json").exists():
+        _same_recipe(run, recipe)
+        return exported
+    run.mkdir(parents=True, exist_ok=True)
+    accelerator = Accelerator(mixed_precision=precision, cpu=not torch.cuda.is_available())
+    trainer = Trainer(recipe, streams, special_tokens(tokenizer), accelerator)
+    checkpoint = run / "checkpoint.pt"
+    shared = None if warmups is None else warmups / f"warmup-{recipe.warmup_key}.pt"
+    if checkpoint.exists():
+        trainer.restore(checkpoint)
+    elif shared is not None and shared.exists():
+        trainer.restore(shared, shared=True)
+    if accelerator.is_main_process:
+        write_json(run / "recipe.json", asdict(recipe))
+    saved_at = time.monotonic()
+    with (run / "log.jsonl").open("a", encoding="utf-8") as log:
+        while trainer.step_count < recipe.steps or not trainer.forked:
+            if trainer.step_count >= recipe.warmup_steps and not trainer.forked:
+                trainer.fork(report)
+                trainer.save(checkpoint)
+                if trainer.fit_notes:
+                    print(json.dumps({"step": trainer.step_count, "fit": trainer.fit_notes}), file=log, flush=True)
+                continue
+            figures = trainer.step()
+            report(f"step {trainer.step_count}, loss {figures['loss']:.3f}", trainer.step_count / recipe.steps)
+            if trainer.step_count == recipe.warmup_steps and shared is not None and not shared.exists():
+                shared.parent.mkdir(parents=True, exist_ok=True)
+                trainer.save(shared)
+            if time.monotonic() - saved_at > save_every_s:
+                trainer.save(checkpoint)
+                saved_at = time.monotonic()
+            if accelerator.is_main_process and (trainer.step_count % 10 == 0 or trainer.step_count == recipe.steps):
+                where = {"step": trainer.step_count, "elapsed_s": round(trainer.elapsed_s, 1)}
+                print(json.dumps(where | figures), file=log, flush=True)
+    if accelerator.is_main_process:
+        export(trainer.model, tokenizer, exported)
+        checkpoint.unlink(missing_ok=True)
+    return exported
+
+
+def special_tokens(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+    """What a configuration takes from the tokenizer."""
+    return {
+        "vocab_size": len(tokenizer),
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+
+
+def _same_recipe(run: Path, recipe: Recipe) -> None:
+    found = json.loads((run / "recipe.json").read_text(encoding="utf-8"))
+    wanted = json.loads(json.dumps(asdict(recipe)))
+    if found != wanted:
+        differs = sorted(name for name in wanted if found.get(name) != wanted[name])
+        raise UsageError(
+            message(
+                "The folder holds a run of another recipe.",
+                where=run,
+                got=f"differs in {', '.join(differs)}",
+                step="Name another.",
+            )
+        )
+
+
+def export(model: OracleMoeForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Write the model as users get it: bfloat16, but routers in float32; tokenizer and sampling settings beside.
+
+    Changes ``model``.
+    """
+    for name, parameter in model.named_parameters():
+        if ".router." not in name:
+            parameter.data = parameter.data.to(torch.bfloat16)
+    model.config.dtype = torch.bfloat16
+    model.config.trained = True
+    model.generation_config = GenerationConfig(
+        do_sample=True,
+        temperature=0.8,
+        top_p=0.95,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    partial = folder.with_name(f".{folder.name}.part")
+    model.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    partial.replace(folder)
