@@ -62,23 +62,21 @@ class CountTable:
         return totals, counts
 
     def arrays(self, name: str) -> dict[str, np.ndarray]:
-        """The table as arrays of a file: only counts above zero, row after row."""
-        row, place = np.nonzero(self.counts)
+        """The table as arrays of a file: which counts are above 0, one bit each, and those counts, row after row."""
+        some = self.counts > 0
         return {
             f"{name}.keys": self.keys,
             f"{name}.totals": self.totals,
-            f"{name}.ends": np.cumsum(np.bincount(row, minlength=len(self.keys)), dtype=np.int64),
-            f"{name}.places": place.astype(np.uint16 if self.counts.shape[1] <= 65536 else np.uint32),
-            f"{name}.counts": _narrow(self.counts[row, place]),
+            f"{name}.some": np.packbits(some, axis=1),
+            f"{name}.counts": _narrow(self.counts[some]),
         }
 
     @classmethod
     def restored(cls, name: str, arrays: Mapping[str, Any], width: int) -> CountTable:
         """Table from :meth:`arrays`; ``width`` is L*E."""
-        keys, ends = arrays[f"{name}.keys"], arrays[f"{name}.ends"]
+        keys = arrays[f"{name}.keys"]
         counts = np.zeros((len(keys), width), np.uint16)
-        row = np.repeat(np.arange(len(keys)), np.diff(ends, prepend=0))
-        counts[row, arrays[f"{name}.places"].astype(np.int64)] = arrays[f"{name}.counts"]
+        counts[np.unpackbits(arrays[f"{name}.some"], axis=1, count=width).astype(bool)] = arrays[f"{name}.counts"]
         return cls(keys, arrays[f"{name}.totals"], counts)
 
 

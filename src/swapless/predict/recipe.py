@@ -41,9 +41,9 @@ class Recipe:
     minutes: float = 0.0
     batch_tokens: int = 1024
     learning_rate: float = 2e-3
-    weight_decay: float = 0.05
-    dropout: float = 0.1
-    unknown: float = 0.05
+    weight_decay: float = 0.2
+    dropout: float = 0.3
+    unknown: float = 0.1
     held_out: float = 0.04
     patience: int = 5
     seed: int = 0

@@ -1,0 +1,158 @@
+"""The learned predictor's arithmetic for one token, compiled: products of a vector and a matrix that skip zeros."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import numba
+import numpy as np
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def _compiled(function: Function) -> Function:
+    compiled: Any = numba.njit(cache=True, nogil=True, fastmath={"reassoc", "contract", "nsz"})(function)
+    return compiled
+
+
+@_compiled
+def add_product(x: Any, weight: Any, out: Any) -> None:
+    """Add ``x @ weight`` to ``out``: x (n,), weight (n, m), out (m,)."""
+    for row in range(len(x)):
+        value = x[row]
+        if value != 0:
+            for column in range(len(out)):
+                out[column] += value * weight[row, column]
+
+
+@_compiled
+def scale_rms(x: Any, out: Any) -> None:
+    """``x`` scaled to a mean square of 1, into ``out``."""
+    total = np.float32(0)
+    for place in range(len(x)):
+        total += x[place] * x[place]
+    factor = np.float32(1) / np.sqrt(total / np.float32(len(x)) + np.float32(1.1920929e-07))
+    for place in range(len(x)):
+        out[place] = x[place] * factor
+
+
+@_compiled
+def silu(x: Any) -> None:
+    """``x * sigmoid(x)`` in place."""
+    for place in range(len(x)):
+        x[place] = x[place] / (np.float32(1) + np.exp(-x[place]))
+
+
+@_compiled
+def attend(
+    x: Any,
+    place: int,
+    keys: Any,
+    values: Any,
+    qkv: Any,
+    out: Any,
+    up: Any,
+    up_bias: Any,
+    down: Any,
+    down_bias: Any,
+    distance: Any,
+) -> None:
+    """One attention layer on the vector ``x`` (D,) of the token at ``place``, in place.
+
+    ``keys`` and ``values`` (W, D) are rings of the last W tokens; ``distance`` (W, heads).
+    """
+    width, (window, heads) = len(x), distance.shape
+    size = width // heads
+    normed, fed = np.empty(width, np.float32), np.zeros(3 * width, np.float32)
+    scale_rms(x, normed)
+    add_product(normed, qkv, fed)
+    keys[place % window] = fed[width : 2 * width]
+    values[place % window] = fed[2 * width :]
+    count = min(place + 1, window)
+    mixed, weight = np.zeros(width, np.float32), np.empty(count, np.float32)
+    for head in range(heads):
+        part = slice(head * size, (head + 1) * size)
+        most = np.float32(-np.inf)
+        for back in range(count):
+            row, total = (place - back) % window, np.float32(0)
+            for d in range(part.start, part.stop):
+                total += fed[d] * keys[row, d]
+            weight[back] = total / np.sqrt(np.float32(size)) + distance[back, head]
+            most = max(most, weight[back])
+        total = np.float32(0)
+        for back in range(count):
+            weight[back] = np.exp(weight[back] - most)
+            total += weight[back]
+        for back in range(count):
+            row, share = (place - back) % window, weight[back] / total
+            for d in range(part.start, part.stop):
+                mixed[d] += share * values[row, d]
+    add_product(mixed, out, x)
+    scale_rms(x, normed)
+    inner = up_bias.copy()
+    add_product(normed, up, inner)
+    silu(inner)
+    add_product(inner, down, x)
+    for d in range(width):
+        x[d] += down_bias[d]
+
+
+@_compiled
+def base_logits(
+    x: Any, blocks: Any, out: Any, bias: Any, base: Any, hidden: Any, into: Any, context: Any, out_weight: Any
+) -> None:
+    """Base logits ``out`` (L, E) from the context ``x`` (D,) and the ``blocks`` (BLOCKS, L, E)."""
+    layers, experts = out.shape
+    normed, inner = np.empty(len(x), np.float32), np.empty(hidden.shape[2], np.float32)
+    scale_rms(x, normed)
+    for layer in range(layers):
+        out[layer] = bias[layer]
+        inner[:] = hidden[layer, 0]
+        add_product(normed, context[layer], inner)
+        for block in range(blocks.shape[0]):
+            rows = slice(block * experts, (block + 1) * experts)
+            add_product(blocks[block, layer], base[layer, rows], out[layer])
+            add_product(blocks[block, layer], into[layer, rows], inner)
+        silu(inner)
+        add_product(inner, out_weight[layer], out[layer])
+
+
+@_compiled
+def step(state: Any, ids: Any, to_inner: Any, bias: Any, choice: Any, direct: Any, to_state: Any) -> None:
+    """The state (D,) after the choices ``ids`` (K,) of one MoE layer, in place."""
+    normed, inner = np.empty(len(state), np.float32), bias.copy()
+    scale_rms(state, normed)
+    add_product(normed, to_inner, inner)
+    for place in range(len(ids)):
+        if ids[place] >= 0:
+            for h in range(len(inner)):
+                inner[h] += choice[ids[place], h]
+            for d in range(len(state)):
+                state[d] += direct[ids[place], d]
+    silu(inner)
+    add_product(inner, to_state, state)
+
+
+@_compiled
+def read(state: Any, ids: Any, known: int, base: Any, gain: Any, shift: Any, weight: Any, near: Any, out: Any) -> None:
+    """Likelihoods ``out`` (n, E) of the first n layers from ``known`` on; ``ids`` (L, K) of the known layers below."""
+    normed, x = np.empty(len(state), np.float32), np.empty(len(state), np.float32)
+    scale_rms(state, normed)
+    experts = out.shape[1]
+    for gap in range(len(out)):
+        layer = known + gap
+        for d in range(len(x)):
+            x[d] = normed[d] * gain[gap, d]
+        for expert in range(experts):
+            out[gap, expert] = base[layer, expert] + shift[gap, layer, expert]
+        add_product(x, weight[layer], out[gap])
+        if gap < near.shape[0]:
+            for back in range(min(near.shape[0], known)):
+                for place in range(ids.shape[1]):
+                    chosen = ids[known - 1 - back, place]
+                    if chosen >= 0:
+                        for expert in range(experts):
+                            out[gap, expert] += near[gap, layer, back * experts + chosen, expert]
+        for expert in range(experts):
+            out[gap, expert] = np.float32(1) / (np.float32(1) + np.exp(-out[gap, expert]))

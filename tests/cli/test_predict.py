@@ -1,0 +1,117 @@
+"""``swapless predict`` as its users call it: train, measure, page, and every bad input with its own message."""
+
+from __future__ import annotations
+
+import csv
+import json
+
+import pytest
+
+from swapless.trace import Trace, TraceHeader, write_trace
+from tests.predict.made import made_trace
+
+TINY = ("--set", 'sizes={"width": 32, "hidden": 16, "step_hidden": 16, "window": 8, "heads": 2, "buckets": 64}')
+
+
+@pytest.fixture(scope="module")
+def traced(tmp_path_factory):
+    """A trace to learn from and one to measure on."""
+    folder = tmp_path_factory.mktemp("traces")
+    write_trace(folder / "train.parquet", made_trace())
+    write_trace(folder / "test.parquet", made_trace(lengths=(21, 9), seed=5, domain=["a"] * 21 + ["b"] * 9))
+    return folder
+
+
+@pytest.fixture
+def prior(traced, tmp_path, swapless):
+    """A fitted token prior."""
+    path = tmp_path / "prior"
+    done = swapless("predict", "train", traced / "train.parquet", "--kind", "token_prior", "--out", path, "-q")
+    assert done.exit_code == 0, done.stderr
+    return path
+
+
+def test_train_and_measure_the_learned_one(traced, tmp_path, swapless):
+    out, page = tmp_path / "learned", tmp_path / "page.html"
+    arguments = ("predict", "train", traced / "train.parquet", "--out", out, "--epochs", 2, "--json", *TINY)
+    done = swapless(*arguments, "--checkpoint", tmp_path / "c", "--seed", 3, "--threads", 1)
+    assert done.exit_code == 0, done.stderr
+    about = json.loads(done.stdout)
+    assert about["predictor"] == "transformer" and about["epochs"] == 2 and about["file_bytes"] == out.stat().st_size
+    assert (tmp_path / "c").exists()
+    done = swapless("predict", "eval", out, traced / "test.parquet", "--lead", "1,3,token", "--json")
+    assert done.exit_code == 0, done.stderr
+    rows = json.loads(done.stdout)
+    model = [row for row in rows if row["moe_layer"] is None and row["width"] == 2]
+    assert [row["lead"] for row in model] == [1, 3, "token"]
+    for row in rows:
+        assert {"predictor", "lead", "moe_layer", "width", "recall", "precision", "tokens"} <= row.keys()
+    assert {row["moe_layer"] for row in rows} == {None, 0, 1, 2, 3}
+    layers = [row["recall"] for row in rows if row["moe_layer"] is not None and row["width"] == 2 and row["lead"] == 1]
+    assert sum(layers) / 4 == pytest.approx(model[0]["recall"])
+    assert [item["domain"] for item in model[0]["domains"]] == ["a", "b"]
+    assert model[0]["moe_beyond"]["all_zeros_accuracy"] == 0.75
+    done = swapless("predict", "eval", out, traced / "test.parquet", "--html", page)
+    assert done.exit_code == 0 and "calibration error" in done.stdout
+    assert "Which experts come next" in page.read_text(encoding="utf-8")
+
+
+def test_skipped_positions_are_left_out(traced, prior, swapless):
+    arguments = ("predict", "eval", prior, traced / "test.parquet", "--lead", "token", "--widths", "1,5", "--json")
+    rows = json.loads(swapless(*arguments, "--skip-positions", 10).stdout)
+    assert {row["tokens"] for row in rows} == {11} and {row["width"] for row in rows} == {1, 2, 5}
+
+
+def test_a_folder_of_csv_files_is_measured_directly(tmp_path, swapless):
+    for number in (1, 2):
+        with open(tmp_path / f"prompt_{number}.csv", "w", newline="", encoding="utf-8") as file:
+            rows = csv.writer(file)
+            rows.writerow(["Layer ID", "Token", "Activated Expert IDs"])
+            for layer in (1, 2):
+                rows.writerows([layer, word, [number, layer + 7]] for word in ("the", " cat", " sat"))
+    out = tmp_path / "p"
+    done = swapless("predict", "train", tmp_path, "--kind", "token_prior", "--out", out, "--model-id", "made/csv", "-q")
+    assert done.exit_code == 0, done.stderr
+    done = swapless("predict", "eval", out, tmp_path, "--lead", "1", "--json")
+    assert done.exit_code == 0, done.stderr
+    assert done.stderr.count("names no model") == 1
+    assert json.loads(done.stdout)[0]["recall"] == pytest.approx(0.75)
+
+
+def test_bad_input_is_said_in_one_message(traced, prior, tmp_path, swapless):
+    test, train = traced / "test.parquet", traced / "train.parquet"
+    bare = tmp_path / "bare.parquet"
+    header = TraceHeader(model_id="made/moe", num_experts=8, top_k=2, moe_blocks=(0, 1, 2, 3))
+    write_trace(bare, Trace.from_arrays(header, expert_ids=made_trace().expert_ids))
+    other = tmp_path / "other.parquet"
+    write_trace(other, made_trace(model_id="made/other"))
+    (tmp_path / "junk").write_bytes(b"no predictor")
+    out = ("--out", tmp_path / "new")
+    cases = {
+        ("eval", prior, other): (1, "fitted for another model"),
+        ("eval", prior, bare): (1, "reads tokens"),
+        ("eval", prior, test, "--lead", "5"): (2, "1 to 4 (L)"),
+        ("eval", prior, test, "--lead", "soon"): (2, "or token"),
+        ("eval", prior, test, "--widths", "9"): (2, "1 to 8 (E)"),
+        ("eval", prior, test, "--skip-positions", "21"): (2, "No token is left"),
+        ("eval", prior, tmp_path / "nowhere"): (1, "No such trace"),
+        ("eval", tmp_path / "nowhere", test): (1, "No such predictor"),
+        ("eval", tmp_path / "junk", test): (1, "Not a predictor's file"),
+        ("eval", prior, test, "--html", tmp_path / "no" / "page.html"): (2, "does not exist"),
+        ("eval", prior, test, "--json", "--html", tmp_path / "page.html"): (2, "exclude each other"),
+        ("train", train, *out, "--documents", "100-200"): (2, "No token of the trace"),
+        ("train", bare, *out): (1, "reads tokens, and the trace has neither"),
+        ("train", train, *out, "--kind", "lineer"): (2, "Did you mean 'linear'"),
+        ("train", train, *out, "--kind", "eam", "--set", "neighbours=0"): (2, "neighbours"),
+        ("train", train, *out, "--kind", "eam", "--epochs", "2"): (2, "epochs"),
+        ("train", train, *out, "--set", "dropout"): (2, "NAME=VALUE"),
+        ("train", train, *out, "--set", "dropout=7"): (2, "dropout"),
+        ("train", train, *out, "--epochs", "2", "--minutes", "3"): (2, "exclude each other"),
+        ("train", train, "--out", tmp_path / "no" / "p"): (2, "does not exist"),
+    }
+    for arguments, (code, words) in cases.items():
+        done = swapless("predict", *arguments)
+        assert done.exit_code == code, (arguments, done.stderr)
+        assert done.stdout == "" and done.stderr.startswith("Error: ") and "Traceback" not in done.stderr, arguments
+        assert words in done.stderr, (arguments, done.stderr)
+    assert not (tmp_path / "new").exists()
