@@ -159,7 +159,7 @@ def expert_bytes(model: OracleMoeForCausalLM) -> int:
 
 def routing_figures(trace: Trace, bytes_an_expert: int) -> dict[str, Any]:
     """The table's columns for one trace: rates per MoE layer, caches by share; LRU starts cold and is kept over documents."""
-    T = int(np.diff(trace.offsets).max())
+    T = int(np.diff(trace.document_offsets).max())
     windows = [s for s in (256, T) if s <= T]
     repeats = reuse(trace, windows)
     E = trace.header.num_experts
@@ -208,7 +208,7 @@ def evaluate(
     data : HeldOut
         From :func:`held_out`.
     prompt_tokens, new_tokens : int
-        Of the generated texts, one a domain.
+        Of the generated texts, one a domain; fewer where a window holds no more.
     report : callable
         Told the stage and the share done.
     """
@@ -239,8 +239,10 @@ def evaluate(
     figures["routing"] = routing_figures(trace_of(model, experts, labels), size)
     figures["routing_joined"] = routing_figures(trace_of(model, joined.experts, ["joined"] * len(joined.losses)), size)
     report("generating", 0.9)
+    window = data.joined.shape[1] - 1
+    prompt_tokens = min(prompt_tokens, window // 2)
     prompts = np.stack([ids[0, :prompt_tokens] for ids in data.domains.values()])
-    texts = continued(model, prompts, new_tokens)
+    texts = continued(model, prompts, min(new_tokens, window - prompt_tokens))
     written = read(model, texts).experts[:, prompt_tokens - 1 :]
     figures["routing_generated"] = routing_figures(trace_of(model, written, list(data.domains)), size)
     figures["strip"] = {
@@ -253,11 +255,15 @@ def evaluate(
     return figures
 
 
-def seam_losses(losses_WT: np.ndarray, seams: np.ndarray) -> dict[str, float]:
-    """Mean loss of the tokens so far behind a seam, by band; a token is predicted from the one before it."""
+def seam_losses(losses_WT: np.ndarray, seams: np.ndarray) -> dict[str, float | None]:
+    """Mean loss of the tokens so far behind a seam, by band; None where there are none.
+
+    A token is predicted from the one before it.
+    """
     place = np.arange(losses_WT.shape[1]) + 1  # of the predicted token
     behind = np.full(losses_WT.shape, -1)
     for row, cuts in enumerate(seams):
         for cut in cuts:
             behind[row] = np.where(place >= cut, place - cut, behind[row])
-    return {f"{a}-{b}": float(losses_WT[(behind >= a) & (behind < b)].mean()) for a, b in SEAM_BANDS}
+    bands = {f"{a}-{b}": losses_WT[(behind >= a) & (behind < b)] for a, b in SEAM_BANDS}
+    return {name: float(losses.mean()) if losses.size else None for name, losses in bands.items()}

@@ -1,0 +1,48 @@
+"""The queue of the benchmark: what waits for what, and who wins."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from benchmarks.oracle import RATES, ROUTERS, Queue
+from swapless.oracle.recipe import Recipe
+
+
+def finish(out: Path, name: str, loss: float, changes: float = 5.0, experts: float = 4.0) -> None:
+    (out / name).mkdir(parents=True)
+    rates = {"changes_per_100": [changes] * 3, "experts_in_window": [experts] * 3}
+    figures = {"held_out_loss": loss, "routing": rates, "routing_generated": rates, "routing_joined": rates}
+    (out / name / "result.json").write_text(json.dumps({"figures": figures}))
+
+
+def test_a_queue_goes_from_rates_to_twins_to_seeds(tmp_path):
+    queue = Queue(tmp_path, Recipe(steps=400, warmup_steps=40), seeds=2)
+    runs = dict(queue.runs())
+    assert list(runs)[:6] == [f"tune-{router}-{rate:g}" for router in ("dense", "switch") for rate in RATES]
+    assert runs["tune-switch-0.003"].steps == 100 and runs["theme-gate"] is None and runs["winner-seed1"] is None
+    for router, best in (("dense", RATES[2]), ("switch", RATES[0])):
+        for rate in RATES:
+            finish(tmp_path, f"tune-{router}-{rate:g}", 3.0 if rate == best else 3.5)
+    runs = dict(queue.runs())
+    assert runs["dense"].peak_lr == RATES[2] and {runs[name].peak_lr for name in ROUTERS if name != "dense"} == {RATES[0]}
+    assert len({runs[name].warmup_key for name in ROUTERS if name not in ("dense", "oracle-switch-warmup")}) == 1
+    for name, loss, changes, experts in (
+        ("switch", 2.0, 70, 8),
+        ("prefix-mean", 2.05, 1, 4),
+        ("oracle", 2.1, 4, 4),
+        ("theme-gate", 2.08, 8, 4),
+        ("soft-theme", 2.01, 3, 1.5),
+        ("switch-budget", 2.02, 10.5, 8),
+    ):
+        finish(tmp_path, name, loss, changes, experts)
+    assert queue.winner() == "theme-gate"
+    runs = dict(queue.runs())
+    assert runs["theme-gate-seed1"].seed == 1 and runs["theme-gate-seed1"].router == "theme-gate"
+
+
+def test_every_recipe_of_the_queue_makes_a_model():
+    queue = Queue(Path("nowhere"), Recipe(), seeds=1)
+    for name in ROUTERS:
+        recipe = queue.recipe(name)
+        assert recipe.config().router == recipe.router and recipe.warmup_config().router in ("dense", "switch")
