@@ -174,7 +174,7 @@ def at_capacity(
         copies.append(disk.copy_s_per_byte())
     disk.close()
     stats, trace, budget = engine.stats(), engine.trace(), engine.budget
-    policy, depth_parts = engine._cache.policy, engine._store.parts(0, 0)
+    policy = engine._cache.policy
     run.close()
     expert_bytes = budget.expert_bytes
     # Each reader copies what it read before it reads on; meanwhile the others have the disk.
@@ -199,7 +199,6 @@ def at_capacity(
         "hit_rate": stats.hit_rate,
         "bytes_read_per_token": stats.decode_bytes_read / stats.decode_tokens,
         "depth": depth,
-        "parts": depth_parts,
         "probed_bytes_per_s": [1 / one for one in reads],
         "copied_bytes_per_s": 1 / statistics.fmean(copies),
         "run_bytes_per_stall_s": stats.decode_bytes_read / stats.decode_stall_s if stats.decode_stall_s else None,
