@@ -25,6 +25,7 @@ from transformers import AutoTokenizer
 from benchmarks.results import RESULTS, commit, machine, versions
 from swapless import embedded
 from swapless.cli.oracle import compare as print_table
+from swapless.errors import SwaplessError
 from swapless.manifest import write_json
 from swapless.oracle.compare import measure_run, rows_of
 from swapless.oracle.corpus import domain_texts, read_documents, token_streams
@@ -164,8 +165,12 @@ def _run(queue: Queue, chosen: Any, corpus: Path, *, store: bool) -> None:
             print(f"\r{name}: {share:4.0%} {stage:40}", end="", file=sys.stderr, flush=True)
 
         run = queue.out / name
-        train(recipe, held_in, tokenizer, run, warmups=queue.out / "warmups", report=report)
-        result = measure_run(run, data, name=name, report=report)
+        try:
+            train(recipe, held_in, tokenizer, run, warmups=queue.out / "warmups", report=report)
+            result = measure_run(run, data, name=name, report=report)
+        except SwaplessError as error:  # the runs after it are worth having all the same
+            print(f"\r{name}: failed: {error}", file=sys.stderr)
+            continue
         figures = result["figures"]
         print(f"\r{name}: loss {figures['held_out_loss']:.4f}, joined {figures['joined_loss']:.4f}{'':40}", file=sys.stderr)
         if store:

@@ -97,7 +97,7 @@ def fit(
     with sink.progress() as progress:
         progress("reading the corpus", 0.0)
         tokenizer, streams = _data(corpus, str(checkpoint), out.parent, held_out=False)
-        shape = {
+        shape: dict[str, Any] = {
             name: getattr(model.config, name)
             for name in (
                 "hidden_size",
@@ -107,6 +107,7 @@ def fit(
                 "max_position_embeddings",
             )
         }
+        shape["moe_blocks"] = [block for block in of_size(size).moe_blocks or [] if block < model.config.num_hidden_layers]
         if num_experts is not None:
             shape["num_experts"] = num_experts
         config = of_size(size, router=router, **shape, **special_tokens(tokenizer))

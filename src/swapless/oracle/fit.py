@@ -147,6 +147,7 @@ def _themes(
     """Themes (N, D) of every ``stride``-th token whose group or document is old enough, and how many of those there are."""
     points: list[list[np.ndarray]] = [[] for _ in blocks]
     groups = [0] * len(blocks)
+    least = 1 if config.kind.theme == "paper-group" else LEAST_MEMBERS  # the paper's cliques hardly grow
 
     def see(moe_layer: int, view: View) -> None:
         state: dict[str, Tensor] = {}
@@ -154,7 +155,7 @@ def _themes(
         slot = state["gid"].numpy() if "gid" in state else view.documents.number
         for row_theme, row_slot in zip(theme, slot, strict=True):
             age = _age(row_slot)
-            old = (age >= LEAST_MEMBERS) & (row_slot >= 0)
+            old = (age >= least) & (row_slot >= 0)
             groups[moe_layer] += len(np.unique(row_slot[old]))
             points[moe_layer].append(row_theme[old & (np.arange(len(age)) % stride == 0)])
 

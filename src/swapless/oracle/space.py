@@ -98,13 +98,17 @@ def fit_space(
     Raises
     ------
     UsageError
-        More experts than points.
+        More experts than points, or scikit-learn is not installed.
 
     References
     ----------
     .. [1] Zhou et al., "Oracle-MoE", ICML 2025, PMLR 267, sections 2.2 and 3.
     """
-    from sklearn.cluster import KMeans
+    try:
+        from sklearn.cluster import KMeans
+        from threadpoolctl import threadpool_limits
+    except ModuleNotFoundError as error:
+        raise UsageError(message("The fit needs scikit-learn.", step="pip install scikit-learn")) from error
 
     if num_experts > len(points):
         raise UsageError(
@@ -121,15 +125,16 @@ def fit_space(
     projection[:, : len(directions[:rank])] = directions[:rank].T
     offset = mean @ projection
     reduced = points @ projection - offset
-    centroids = KMeans(num_experts, n_init=10, random_state=seed).fit(reduced).cluster_centers_
-    for _ in range(min(rounds, 4 * num_experts)):  # a region of a few far points is worth no expert: split a crowded one
-        labels = ((reduced[:, None, :] - centroids[None]) ** 2).sum(axis=2).argmin(axis=1)
-        counts = np.bincount(labels, minlength=num_experts)
-        if counts.min() >= LEAST_SHARE * len(reduced) / num_experts or counts.max() < 2:
-            break
-        halves = KMeans(2, n_init=4, random_state=seed).fit(reduced[labels == counts.argmax()]).cluster_centers_
-        centroids[[counts.argmin(), counts.argmax()]] = halves
-        centroids = KMeans(num_experts, init=centroids, n_init=1, max_iter=10).fit(reduced).cluster_centers_
+    with threadpool_limits(limits=1):  # sums of several threads come in any order
+        centroids = KMeans(num_experts, n_init=10, random_state=seed).fit(reduced).cluster_centers_
+        for _ in range(min(rounds, 4 * num_experts)):  # a region of a few far points is worth no expert: split a crowded one
+            labels = ((reduced[:, None, :] - centroids[None]) ** 2).sum(axis=2).argmin(axis=1)
+            counts = np.bincount(labels, minlength=num_experts)
+            if counts.min() >= LEAST_SHARE * len(reduced) / num_experts or counts.max() < 2:
+                break
+            halves = KMeans(2, n_init=4, random_state=seed).fit(reduced[labels == counts.argmax()]).cluster_centers_
+            centroids[[counts.argmin(), counts.argmax()]] = halves
+            centroids = KMeans(num_experts, init=centroids, n_init=1, max_iter=10).fit(reduced).cluster_centers_
     centroids, bias, labels = _balance(reduced, centroids, rounds)
     distance = float(np.linalg.norm(reduced - centroids[labels], axis=1).mean())
     shares = np.bincount(labels, minlength=num_experts) / len(labels)

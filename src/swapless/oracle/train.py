@@ -93,7 +93,7 @@ class Trainer:
         recipe, old = self.recipe, self.model
         config = recipe.config(**self._tokens)
         self.forked = True
-        if config.router == old.config.router and config.to_dict() == old.config.to_dict():
+        if config.router == "dense" or config.to_dict() == old.config.to_dict():
             return
         batches = self._fit_batches(old.device)
         needs_fit = config.kind.choice == "centroids" or config.kind.theme == "group"
@@ -200,12 +200,8 @@ class Trainer:
             The checkpoint is of another recipe.
         """
         state = torch.load(path, weights_only=True, map_location="cpu")
-        if (
-            not shared
-            and state["recipe"] != json.loads(json.dumps(asdict(self.recipe)))
-            and state["recipe"] != asdict(self.recipe)
-        ):
-            differs = sorted(k for k, v in asdict(self.recipe).items() if state["recipe"].get(k) != v)
+        differs = sorted(k for k, v in asdict(self.recipe).items() if state["recipe"].get(k) != v)
+        if differs and not shared:
             raise UsageError(
                 message(
                     "The run was begun with another recipe.",
@@ -264,9 +260,12 @@ def train(
     Raises
     ------
     UsageError
-        The folder holds a run of another recipe.
+        The folder holds a run of another recipe, or accelerate is not installed.
     """
-    from accelerate import Accelerator
+    try:
+        from accelerate import Accelerator
+    except ModuleNotFoundError as error:
+        raise UsageError(message("Training needs accelerate.", step="pip install accelerate scikit-learn")) from error
 
     exported = run / "model"
     if (exported / "config.json").exists():
