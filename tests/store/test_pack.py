@@ -103,6 +103,26 @@ def test_a_store_is_self_contained(packed: Path, tmp_path: Path) -> None:
     assert set(raw["files"]) | {MANIFEST} | {layer["file"] for layer in raw["moe_layers"]} == set(contents(packed))
 
 
+def test_non_expert_weights_in_8_bits_are_what_quantising_them_whole_gives(tmp_path: Path) -> None:
+    from swapless.store.matrix import MatrixLayout
+    from swapless.store.quantize import quantize
+
+    folder = tmp_path / "store"
+    manifest = pack(CHECKPOINT, folder, bits=4, dense_bits=8)
+    assert manifest == read_manifest(folder)
+    assert manifest.dense and all(holds for _, _, holds in verify_packed(folder))
+    with safe_open(CHECKPOINT / "model.safetensors", "pt") as whole, safe_open(folder / "model.safetensors", "np") as dense:
+        for key in dense.keys():  # noqa: SIM118
+            weights = whole.get_tensor(key)
+            if key not in manifest.dense:
+                continue
+            assert manifest.dense[key]["shape"] == list(weights.shape)
+            layout = MatrixLayout(rows=weights.shape[0], columns=weights.shape[1], bits=8, group=32)
+            expected = np.zeros(layout.nbytes, np.uint8)
+            quantize(weights.float().numpy(), layout, expected)
+            assert np.array_equal(dense.get_tensor(key), expected), key
+
+
 class Stopped(Exception):
     pass
 
@@ -326,3 +346,29 @@ def test_an_abandoned_file_leaves_nothing(tmp_path: Path) -> None:
         writer.write(np.zeros(5, np.uint8))
         raise Stopped
     assert not contents(tmp_path)
+
+
+def test_the_verbs_pack_and_verify(packed: Path, tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
+    from swapless.cli.main import app
+
+    def call(*arguments: object):
+        return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+    folder = tmp_path / "store"
+    done = call("pack", CHECKPOINT, "--bits", 4, "--out", folder, "--json")
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["experts"] == sum(layer.num_experts for layer in read_manifest(packed).moe_layers)
+    assert contents(folder) == contents(packed)
+    good = call("verify", folder)
+    assert good.exit_code == 0 and "are as they were packed" in good.stdout
+    layer = read_manifest(folder).moe_layers[1]
+    raw = bytearray((folder / layer.file).read_bytes())
+    raw[-1] ^= 128
+    (folder / layer.file).write_bytes(raw)
+    bad = call("verify", folder, "--json")
+    assert bad.exit_code == 1 and f"expert {layer.num_experts - 1}" in bad.stderr
+    assert json.loads(bad.stdout)["damaged"] == [f"{layer.file}, expert {layer.num_experts - 1}"]
+    again = call("pack", CHECKPOINT, "--bits", 8, "--out", folder)
+    assert again.exit_code == 1 and "packed in another way" in again.stderr

@@ -162,8 +162,8 @@ def _expansions(data):  # type: ignore[no-untyped-def]
 class Inputs(NamedTuple):
     """Inputs of the experts of a call, one expert's tokens after the other's.
 
-    ``rows`` float32 (tokens, padded columns), padding zero; ``sums`` float32 (tokens, column blocks), the sum of each block;
-    ``counts`` tokens of each expert.
+    ``rows`` float32 (tokens, padded columns), padding zero; ``sums`` float32 (tokens, column blocks), the sum of each block,
+    which only 4 bits need; ``counts`` tokens of each expert.
     """
 
     rows: torch.Tensor
@@ -180,7 +180,8 @@ def as_inputs(tokens: Sequence[torch.Tensor], layout: MatrixLayout) -> Inputs:
     counts = [len(part) for part in tokens]
     together = torch.cat(list(tokens)) if len(tokens) > 1 else tokens[0]
     rows = torch.nn.functional.pad(together.float(), (0, layout.padded_columns - layout.columns)).contiguous()
-    return Inputs(rows, rows.view(len(rows), -1, COLUMN_BLOCK).sum(-1), counts)
+    sums = rows.view(len(rows), -1, COLUMN_BLOCK).sum(-1) if layout.bits == 4 else rows[:, :0]
+    return Inputs(rows, sums, counts)
 
 
 def product(layout: MatrixLayout, matrices: Sequence[int], given: Inputs) -> torch.Tensor:
@@ -193,7 +194,7 @@ def product(layout: MatrixLayout, matrices: Sequence[int], given: Inputs) -> tor
     experts = _experts(call, matrices, given)
     experts[:, _OUTPUT // 8] = out.data_ptr() + 4 * out.stride(0) * _first(given)
     call[_OUTPUT_STRIDE // 8] = out.stride(0)
-    run_on_all(_products.ctypes, call.ctypes.data)
+    run_on_all(_products.address, call.ctypes.data)
     return out[:, : layout.rows]
 
 
@@ -219,7 +220,7 @@ def gated_product(
     experts[:, _OUTPUT_SUMS // 8] = sums.data_ptr() + 4 * sums.stride(0) * first
     call[_OUTPUT_STRIDE // 8], call[_OUTPUT_SUMS_STRIDE // 8] = rows.stride(0), sums.stride(0)
     call[_ACTIVATION // 8] = ACTIVATIONS[activation]
-    run_on_all(_products.ctypes, call.ctypes.data)
+    run_on_all(_products.address, call.ctypes.data)
     return Inputs(rows, sums, given.counts)
 
 
@@ -245,7 +246,7 @@ def expanded(layout: MatrixLayout, matrix: int, first_block: int, blocks: int) -
     call[_TASKS // 8], call[_BLOCKS // 8], call[_OUTPUT_STRIDE // 8] = blocks, first_block, out.stride(0)
     experts = call[_CALL_FIELDS:]
     experts[_MATRIX // 8], experts[_OUTPUT // 8] = matrix, out.data_ptr()
-    run_on_all(_expansions.ctypes, call.ctypes.data)
+    run_on_all(_expansions.address, call.ctypes.data)
     return out
 
 

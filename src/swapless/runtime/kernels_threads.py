@@ -8,7 +8,6 @@ threads do it.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -43,24 +42,29 @@ def _threads(count: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(count, thread_name_prefix="swapless-compute")
 
 
-def run_on_all(function: Any, data_address: int, *, parallel: Callable[..., Any] | None = None) -> None:
+@cache
+def _function(address: int) -> Any:
+    return ctypes.CFUNCTYPE(None, ctypes.c_void_p)(address)
+
+
+def run_on_all(function_address: int, data_address: int) -> None:
     """Call the C function ``void (*)(void *)`` once on each of torch's threads and wait for all of them.
 
     Parameters
     ----------
-    function : ctypes function pointer
-        Shares the work out itself.
+    function_address : int
+        The function, which shares the work out itself.
     data_address : int
         Its argument.
-    parallel : callable, optional
-        What runs it; by default the OpenMP library found by :func:`openmp`, or plain threads.
     """
     threads = torch.get_num_threads()
-    parallel = parallel or openmp()
+    parallel = openmp() if threads > 1 else None
+    if parallel is not None:
+        parallel(function_address, data_address, threads, 0)
+        return
+    function = _function(function_address)
     if threads == 1:
         function(data_address)
-    elif parallel is not None:
-        parallel(ctypes.cast(function, ctypes.c_void_p), data_address, threads, 0)
     else:
         others = [_threads(threads - 1).submit(function, data_address) for _ in range(threads - 1)]
         function(data_address)

@@ -32,7 +32,7 @@ from swapless.runtime.source import checkpoint_folder
 from swapless.runtime.steps import StepHooks
 from swapless.runtime.store import Store
 from swapless.store.checkpoint import CheckpointStore, Extent
-from swapless.store.packed import PackedStore
+from swapless.store.packed import Manifest, PackedStore
 from swapless.store.probe import Probe, probe
 from swapless.store.read import FileReader
 from swapless.store.tensors import TensorReader
@@ -208,10 +208,12 @@ def _load_non_experts(opened: OpenCheckpoint, attn_implementation: str | None) -
     transformers_logging.set_verbosity_error()
     reader = FileReader(opened.files)
     try:
-        cls = offloaded_class(opened.cls)
-        model, wrong = load_non_experts(
-            cls, opened.config, opened.layout, opened.refs, TensorReader(reader), attn_implementation
-        )
+        tensors = TensorReader(reader)
+        if opened.manifest is not None and opened.manifest.dense:
+            model, wrong = _load_quantized_linears(opened, opened.manifest, tensors, attn_implementation)
+        else:
+            cls = offloaded_class(opened.cls)
+            model, wrong = load_non_experts(cls, opened.config, opened.layout, opened.refs, tensors, attn_implementation)
     except RuntimeError as error:
         raise CheckpointCorruptError(
             message("Weights do not fit the model.", where=opened.folder, got=str(error).splitlines()[0])
@@ -235,6 +237,21 @@ def _load_non_experts(opened: OpenCheckpoint, attn_implementation: str | None) -
     return model.eval()
 
 
+def _load_quantized_linears(
+    opened: OpenCheckpoint, manifest: Manifest, tensors: TensorReader, attn_implementation: str | None
+) -> tuple[PreTrainedModel, list[str]]:
+    from swapless.runtime.linear import quantize_linears, quantized_linear  # kernels are compiled when they are imported
+
+    layouts = {entry["module"]: manifest.dense_layout(key) for key, entry in manifest.dense.items()}
+    cls = offloaded_class(opened.cls, lambda model: quantize_linears(model, layouts))
+    model, wrong = load_non_experts(
+        cls, opened.config, opened.layout, opened.refs, tensors, attn_implementation, apart=manifest.dense
+    )
+    for key, entry in manifest.dense.items():
+        quantized_linear(model, entry["module"]).fill(torch.from_numpy(tensors.read(opened.refs[key])))
+    return model, wrong
+
+
 def _warm_kernels(policy: Policy) -> None:
     cache = ExpertCache(policy, 1, 2, [0], [1])
     for phase in Phase:
@@ -251,11 +268,15 @@ class _Computation(NamedTuple):
 
 def _computation(opened: OpenCheckpoint) -> _Computation:
     manifest = opened.manifest
-    if manifest is None or manifest.bits == 16:
+    if manifest is None or (manifest.bits == 16 and not manifest.dense):
         return _Computation(PlainExperts, 0)
-    from swapless.runtime.quantized import QuantizedExperts, scratch_bytes  # kernels are compiled when they are imported
+    from swapless.runtime.linear import SCRATCH_BYTES  # kernels are compiled when they are imported
+    from swapless.runtime.quantized import QuantizedExperts, scratch_bytes
 
-    return _Computation(lambda pool: QuantizedExperts(pool, manifest), scratch_bytes(manifest))
+    linear = SCRATCH_BYTES if manifest.dense else 0
+    if manifest.bits == 16:
+        return _Computation(PlainExperts, linear)
+    return _Computation(lambda pool: QuantizedExperts(pool, manifest), max(linear, scratch_bytes(manifest)))
 
 
 def _all_experts(layers: Sequence[MoeLayer]) -> list[tuple[int, int]]:

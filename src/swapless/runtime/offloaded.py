@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,8 +13,12 @@ from swapless.runtime.door import is_experts, strip_experts
 from swapless.runtime.engine import Engine
 
 
-def offloaded_class(cls: type[PreTrainedModel]) -> type[PreTrainedModel]:
+def offloaded_class(
+    cls: type[PreTrainedModel], prepare: Callable[[PreTrainedModel], None] | None = None
+) -> type[PreTrainedModel]:
     """A subclass of ``cls`` whose expert parameters are gone before anything is loaded.
+
+    ``prepare`` changes what else is to be changed in a model before it is loaded.
 
     Name and module stay those of ``cls``: transformers' conversion table, its check of the experts implementation and the
     generation mappings go by them.
@@ -22,6 +27,8 @@ def offloaded_class(cls: type[PreTrainedModel]) -> type[PreTrainedModel]:
     def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
         cls.__init__(self, config, *args, **kwargs)
         strip_experts(self)
+        if prepare is not None:
+            prepare(self)
         for module in self.modules():
             # Some families let a block initialise its experts' parameters, which are gone. A block that owns no tensor has
             # nothing else to initialise that its children, or the checkpoint, do not.

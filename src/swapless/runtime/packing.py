@@ -12,13 +12,13 @@ import numpy as np
 import torch
 
 from swapless.errors import UsageError, message
-from swapless.runtime.door import ExpertParameter, MoeLayer, experts_of, skeleton
+from swapless.runtime.door import DTYPES, ExpertParameter, MoeLayer, experts_of, skeleton
 from swapless.runtime.open import OpenCheckpoint, open_checkpoint
 from swapless.runtime.pool import slot_bytes
 from swapless.runtime.source import checkpoint_folder
 from swapless.store.checkpoint import SLOT_ALIGNMENT, CheckpointStore
 from swapless.store.headers import INDEX_NAME, TensorRef
-from swapless.store.matrix import MatrixLayout, check_precision
+from swapless.store.matrix import ROW_BLOCK, MatrixLayout, check_precision
 from swapless.store.pack import DenseTensor, Packing, Source
 from swapless.store.packed import (
     DENSE,
@@ -26,6 +26,7 @@ from swapless.store.packed import (
     PackedLayer,
     Piece,
     checkpoint_identity,
+    dense_layout,
     is_packed,
     read_manifest,
 )
@@ -33,7 +34,7 @@ from swapless.store.quantize import quantize
 from swapless.store.read import BLOCK_BYTES, FileReader, aligned_buffer
 from swapless.units import format_size
 
-DENSE_BITS = (16,)
+DENSE_BITS = (16, 8)
 """Bits of the weights that are no experts; 16 is the checkpoint's own type."""
 
 _SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.md", "LICENSE*")
@@ -65,7 +66,8 @@ def pack(
     group : int
         Columns that share a scale in 4 bits.
     dense_bits : int
-        Of all other weights; 16 keeps them as they are.
+        Of all other weights: 16 keeps them as they are, 8 has a scale a row for those of linear layers (no router and no
+        embedding is touched).
     progress : callable of (str, float), optional
         Told what is going on and the share done.
 
@@ -109,7 +111,9 @@ def pack(
         for file in sorted({file for pattern in _SMALL_FILES for file in folder.glob(pattern)}):
             if file.name != INDEX_NAME and file.is_file():
                 packing.copy(file)
-        packing.dense(DENSE, [_as_it_is(ref, reader) for ref in refs], lambda nbytes: meter.add(2 * nbytes))
+        linears = opened.layout.linear_keys if dense_bits == 8 else {}
+        tensors = [_in_8_bits(ref, reader) if ref.key in linears else _as_it_is(ref, reader) for ref in refs]
+        packing.dense(DENSE, tensors, lambda nbytes: meter.add(2 * nbytes))
         with ThreadPoolExecutor(torch.get_num_threads()) as workers:
             transposed = [bool(modules[layer.path].is_transposed) for layer in opened.layout.moe_layers]
             source = _source(opened, reader, layers, transposed, group, workers)
@@ -126,6 +130,7 @@ def pack(
         dtype=str(opened.layout.dtype).removeprefix("torch."),
         source={"name": folder.resolve().name, "identity": identity},
         moe_layers=tuple(layers),
+        dense={key: {"module": linears[key], "shape": list(opened.refs[key].shape)} for key in sorted(linears)},
         files={name: done for name, done in sorted(packing.done.items()) if isinstance(done, dict)},
     )
     packing.finish(manifest)
@@ -209,6 +214,28 @@ def _as_it_is(ref: TensorRef, reader: FileReader) -> DenseTensor:
             yield reader.read(ref.file, ref.offset + first, min(_CHUNK_BYTES, ref.nbytes - first), buffer)
 
     return DenseTensor(ref.key, ref.dtype, ref.shape, ref.nbytes, chunks)
+
+
+def _in_8_bits(ref: TensorRef, reader: FileReader) -> DenseTensor:
+    layout = dense_layout(ref.shape)
+    row_bytes = ref.nbytes // layout.rows
+    at_once = max(1, _CHUNK_BYTES // (row_bytes * ROW_BLOCK)) * ROW_BLOCK
+
+    def chunks() -> Iterator[np.ndarray]:
+        buffer = aligned_buffer(at_once * row_bytes + 2 * BLOCK_BYTES)
+        scales = []
+        for first in range(0, layout.rows, at_once):
+            rows = min(at_once, layout.rows - first)
+            raw = reader.read(ref.file, ref.offset + first * row_bytes, rows * row_bytes, buffer)
+            weights = torch.from_numpy(raw.copy()).view(DTYPES[ref.dtype]).view(rows, layout.columns).float()
+            part = dense_layout((rows, layout.columns))
+            out = np.empty(part.nbytes, np.uint8)
+            quantize(weights.numpy(), part, out)
+            yield out[: part.scales_offset]
+            scales.append(out[part.scales_offset :])
+        yield from scales
+
+    return DenseTensor(ref.key, "U8", (layout.nbytes,), layout.nbytes, chunks)
 
 
 class _Meter:

@@ -77,7 +77,8 @@ class Manifest:
     """What a packed store holds: precision, source, layers, and checksums of all files that are no experts.
 
     ``source`` has the source's ``name`` and ``identity`` (:func:`checkpoint_identity`); ``files`` map a name to its ``bytes``
-    and ``sha256``; ``dtype`` is the type that the checkpoint computes in.
+    and ``sha256``; ``dtype`` is the type that the checkpoint computes in. ``dense`` names the tensors of ``model.safetensors``
+    that are quantised matrices in 8 bits, each with the ``module`` that it is the weight of and its ``shape``.
     """
 
     bits: int
@@ -87,15 +88,26 @@ class Manifest:
     source: Mapping[str, str]
     moe_layers: tuple[PackedLayer, ...]
     files: Mapping[str, Mapping[str, Any]]
+    dense: Mapping[str, Mapping[str, Any]]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON, the version of the format first."""
-        return {"format_version": FORMAT_VERSION} | asdict(self) | {"source": dict(self.source), "files": dict(self.files)}
+        return {"format_version": FORMAT_VERSION} | asdict(self) | {"source": dict(self.source)}
 
     def layout(self, piece: Piece) -> MatrixLayout:
         """How a quantised piece lies in memory."""
         rows, columns = piece.shape
         return MatrixLayout(rows=rows, columns=columns, bits=piece.bits, group=self.group)
+
+    def dense_layout(self, key: str) -> MatrixLayout:
+        """How a quantised tensor that is no expert lies in memory."""
+        return dense_layout(self.dense[key]["shape"])
+
+
+def dense_layout(shape: Sequence[int]) -> MatrixLayout:
+    """How a weight of ``shape`` (outputs, inputs) that is no expert lies in memory in 8 bits."""
+    rows, columns = shape
+    return MatrixLayout(rows=rows, columns=columns, bits=8, group=32)
 
 
 def is_packed(folder: Path) -> bool:

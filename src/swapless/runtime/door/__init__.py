@@ -21,10 +21,12 @@ from swapless.runtime.door.model import (
     skeleton,
     strip_experts,
 )
+from swapless.runtime.door.origin import DTYPES
 from swapless.runtime.door.packed import packed_layout
 
 __all__ = [
     "ALL_EXPERTS_FUNCTIONS",
+    "DTYPES",
     "ExpertParameter",
     "Layout",
     "MoeLayer",

@@ -13,7 +13,7 @@ def common_gate(module: Any) -> str | None:
     """Name of the activation (``silu`` or ``gelu_tanh``) of an experts module with the common gate and no bias, else None."""
     if not getattr(module, "has_gate", True) or module.has_bias or not getattr(module, "is_concatenated", True):
         return None
-    if type(module)._apply_gate is not moe._default_apply_gate:
+    if type(module)._apply_gate is not getattr(moe, "_default_apply_gate", None):
         return None
     activation = getattr(module, "act_fn", None)
     if isinstance(activation, (torch.nn.SiLU, ACT2CLS["silu"])):

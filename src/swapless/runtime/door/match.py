@@ -26,6 +26,7 @@ from swapless.runtime.door.layout import ExpertParameter, Layout, MoeLayer, alig
 from swapless.runtime.door.origin import DTYPES, CheckpointOrigin
 from swapless.runtime.families import unsupported_family
 from swapless.store.headers import TensorRef
+from swapless.store.matrix import ROW_BLOCK
 
 _SLICEABLE = (MergeModulelist, Concatenate, Transpose, Interleave)
 _TOP_K_NAMES = ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts", "num_experts_per_token", "moe_top_k")
@@ -75,6 +76,8 @@ def checkpoint_layout(meta: PreTrainedModel, refs: Mapping[str, TensorRef], dtyp
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
     origins: dict[str, CheckpointOrigin] = {}
     expert_keys, non_expert_keys = set(), set()
+    linear_keys = {}
+    routed = {int(module.num_experts) for module in modules.values()}
     non_expert_bytes = 0
     for key in sorted(refs, key=dot_natural_key):
         target, pattern = rename_source_key(key, renamings, converters, meta.base_model_prefix, names)
@@ -88,6 +91,9 @@ def checkpoint_layout(meta: PreTrainedModel, refs: Mapping[str, TensorRef], dtyp
         elif target in names:
             ref = refs[key]
             non_expert_keys.add(key)
+            path = target.removesuffix(".weight")
+            if pattern not in by_pattern and path != target and _is_linear(meta, path, ref, routed):
+                linear_keys[key] = path
             non_expert_bytes += int(np.prod(ref.shape)) * dtype.itemsize
     layers = tuple(_moe_layer(path, module, origins, dtype) for path, module in modules.items())
     return Layout(
@@ -96,9 +102,19 @@ def checkpoint_layout(meta: PreTrainedModel, refs: Mapping[str, TensorRef], dtyp
         dtype=dtype,
         expert_keys=frozenset(expert_keys),
         non_expert_keys=frozenset(non_expert_keys),
+        linear_keys=linear_keys,
         non_expert_bytes=non_expert_bytes,
         per_expert=any(origin.merges() for origin in origins.values()),
     )
+
+
+def _is_linear(meta: PreTrainedModel, path: str, ref: TensorRef, routed: set[int]) -> bool:
+    """Whether ``ref`` is the weight of a linear layer of its own: no router, and tied to no embedding."""
+    module = meta.get_submodule(path)
+    if type(module) is not torch.nn.Linear or tuple(ref.shape) != tuple(module.weight.shape) or ref.dtype not in DTYPES:
+        return False
+    tied = getattr(meta.config.get_text_config(), "tie_word_embeddings", False) and module is meta.get_output_embeddings()
+    return not tied and module.out_features not in routed and module.out_features >= ROW_BLOCK
 
 
 def _moe_layer(path: str, module: Any, origins: Mapping[str, CheckpointOrigin], dtype: torch.dtype) -> MoeLayer:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, final
 
 import torch
@@ -121,12 +121,15 @@ def load_non_experts(
     refs: Mapping[str, TensorRef],
     reader: TensorReader,
     attn_implementation: str | None,
+    apart: Collection[str] = (),
 ) -> tuple[PreTrainedModel, list[str]]:
     """Build ``cls`` (whose experts are stripped) with all its other weights, read by us and placed by transformers.
 
+    Tensors of the keys ``apart`` are left to the caller.
+
     Returns the model and the names of weights that the checkpoint lacks or has in a wrong shape.
     """
-    lazy = {key: _LazyTensor(ref, reader) for key, ref in refs.items() if key not in layout.expert_keys}
+    lazy = {key: _LazyTensor(ref, reader) for key, ref in refs.items() if key not in layout.expert_keys and key not in apart}
     loaded: Any = cls.from_pretrained(
         None,
         config=config,

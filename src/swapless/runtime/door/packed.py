@@ -65,7 +65,10 @@ def packed_layout(meta: PreTrainedModel, manifest: Manifest, refs: Mapping[str, 
         dtype=dtype,
         expert_keys=frozenset(),
         non_expert_keys=frozenset(refs),
-        non_expert_bytes=sum(int(np.prod(ref.shape)) * dtype.itemsize for ref in refs.values()),
+        linear_keys={key: entry["module"] for key, entry in manifest.dense.items()},
+        non_expert_bytes=sum(
+            ref.nbytes if key in manifest.dense else int(np.prod(ref.shape)) * dtype.itemsize for key, ref in refs.items()
+        ),
         per_expert=True,
     )
 

@@ -1,0 +1,117 @@
+"""Pack and verify a checkpoint of gigabytes under a memory cap, beside the bandwidth of the disk.
+
+    python benchmarks/pack.py --checkpoint out/bench-3gb/original --out out/packed --bits 8 4
+
+``swapless pack`` and then ``swapless verify`` run in a memory cgroup of their own (page cache counted) of ``--cap``, from cold
+files. A row gives what each took, its peak, and bytes read and written over its time, with the interpreter's start and without
+it (the start is what ``swapless pack --help`` and the import of torch and transformers take). The bandwidth of reading is
+probed before every run, on the checkpoint's own experts. The packed store is removed afterwards unless ``--keep`` is given.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from cgroup import CappedRun, run_capped
+from page_cache import evict, shards
+from results import document, emit, store
+
+from swapless.runtime.model import _open_store, _sample_extents
+from swapless.runtime.open import open_checkpoint
+from swapless.store.packed import read_manifest
+from swapless.store.probe import probe
+from swapless.units import format_size, parse_size
+
+SWAPLESS = [sys.executable, "-c", "from swapless.cli.main import main; main()"]
+START = "import torch, swapless.runtime.packing, swapless.runtime.door"
+
+
+def bandwidth(checkpoint: Path) -> float:
+    """Bytes a second of reading experts, at the best depth."""
+    opened = open_checkpoint(checkpoint)
+    reads = _open_store(opened, check=False)
+    try:
+        return probe(reads.reader, _sample_extents(reads, opened.layout.moe_layers), budget_s=3.0).best_bytes_per_s
+    finally:
+        reads.close()
+
+
+def run(command: list[str], cap: int) -> CappedRun:
+    """One command of the command line under the cap."""
+    done = run_capped([*SWAPLESS, *command], cap, timeout_s=600)
+    if done.returncode:
+        why = "out of memory" if done.oom_killed else done.stderr[-2000:]
+        raise SystemExit(f"swapless {command[0]} failed: {why}")
+    return done
+
+
+def row(verb: str, bits: int, done: CappedRun, nbytes: int, probed: float, start_s: float) -> dict[str, Any]:
+    """What a run comes to, beside the probed bandwidth; also printed."""
+    rate = nbytes / max(1e-9, done.wall_s - start_s)
+    peak, anonymous = format_size(done.max_usage_bytes or 0), format_size(done.max_anon_bytes)
+    print(
+        f"{verb:<7} int{bits:<3} {format_size(nbytes)} in {done.wall_s:.1f} s, without the start {rate / 1e9:.2f} GB/s, "
+        f"{rate / probed:.2f} of the probed {probed / 1e9:.2f}; peak {peak}, anonymous {anonymous}",
+        file=sys.stderr,
+    )
+    return {
+        "verb": verb,
+        "bits": bits,
+        "bytes": nbytes,
+        "wall_s": done.wall_s,
+        "start_s": start_s,
+        "peak_bytes": done.max_usage_bytes,
+        "peak_anonymous_bytes": done.max_anon_bytes,
+        "bytes_per_s": nbytes / done.wall_s,
+        "bytes_per_s_without_start": rate,
+        "probed_bytes_per_s": probed,
+        "share_of_probed": rate / probed,
+    }
+
+
+def main() -> int:
+    """Pack, verify, print a table on stderr and one JSON document on stdout."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--checkpoint", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--bits", type=int, nargs="+", default=[8, 4])
+    parser.add_argument("--cap", type=parse_size, default=450_000_000, help="of the memory cgroup, page cache counted")
+    parser.add_argument("--keep", action="store_true", help="keep the packed stores")
+    parser.add_argument("--no-store", action="store_true", help="do not write a result file")
+    options = parser.parse_args()
+    read_bytes = sum(file.stat().st_size for file in shards(options.checkpoint))
+    rows = []
+    for bits in options.bits:
+        folder = options.out / f"int{bits}"
+        shutil.rmtree(folder, ignore_errors=True)
+        began = time.perf_counter()
+        subprocess.run([sys.executable, "-c", START], check=True)
+        start_s = time.perf_counter() - began
+        evict(shards(options.checkpoint))
+        probed = bandwidth(options.checkpoint)
+        evict(shards(options.checkpoint))
+        packed = run(["pack", str(options.checkpoint), "--bits", str(bits), "--out", str(folder), "--quiet"], options.cap)
+        manifest = read_manifest(folder)
+        written = sum(layer.num_experts * layer.block_bytes for layer in manifest.moe_layers)
+        written += sum(int(entry["bytes"]) for entry in manifest.files.values())
+        rows.append(row("pack", bits, packed, read_bytes + written, probed, start_s))
+        evict(shards(folder))
+        rows.append(row("verify", bits, run(["verify", str(folder)], options.cap), written, probed, start_s))
+        if not options.keep:
+            shutil.rmtree(folder)
+    config = {"bits": options.bits, "cap_bytes": options.cap, "checkpoint_bytes": read_bytes}
+    result = document("pack", config=config, measured={"rows": rows}, data=options.checkpoint)
+    emit(result)
+    if not options.no_store:
+        store(result)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
