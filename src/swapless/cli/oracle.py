@@ -254,7 +254,7 @@ def _data(corpus: Path, tokenizer: str | None, cache: Path, *, held_out: bool) -
     from swapless.oracle.corpus import domain_texts, read_documents, token_streams
 
     documents = read_documents(corpus)
-    loaded = AutoTokenizer.from_pretrained(tokenizer or embedded.path(), local_files_only=True)
+    loaded: Any = AutoTokenizer.from_pretrained(tokenizer or embedded.path(), local_files_only=True)
     return loaded, token_streams(domain_texts(documents, held_out=held_out), loaded, cache)
 
 

@@ -82,7 +82,7 @@ def token_streams(
             streams[domain] = np.concatenate([np.array([*e.ids, tokenizer.eos_token_id], np.int32) for e in encoded])
         partial = cached.with_name("partial-" + cached.name)
         cache_dir.mkdir(parents=True, exist_ok=True)
-        np.savez(partial, **streams)
+        np.savez(partial, allow_pickle=False, **streams)
         partial.replace(cached)
     with np.load(cached) as stored:
         return {domain: stored[domain] for domain in texts_by_domain}

@@ -116,7 +116,8 @@ def _stacked(expert_ids: tuple[Tensor, ...], B: int, T: int) -> np.ndarray:
 def continued(model: OracleMoeForCausalLM, prompts: np.ndarray, new_tokens: int, seed: int = 0) -> np.ndarray:
     """Prompts (B, P) with sampled continuations, int64 (B, P + N); no token ends them."""
     torch.manual_seed(seed)
-    found = model.generate(
+    any_model: Any = model  # transformers' annotation of generate's self does not fit its own models
+    found = any_model.generate(
         torch.from_numpy(prompts).to(model.device),
         attention_mask=torch.ones_like(torch.from_numpy(prompts)).to(model.device),
         min_new_tokens=new_tokens,  # so that no text ends
@@ -126,7 +127,7 @@ def continued(model: OracleMoeForCausalLM, prompts: np.ndarray, new_tokens: int,
         top_p=0.95,
         pad_token_id=0,
     )
-    return found.cpu().numpy()
+    return np.asarray(found.cpu().numpy())
 
 
 def trace_of(model: OracleMoeForCausalLM, experts: np.ndarray, labels: list[str]) -> Trace:

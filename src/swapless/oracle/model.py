@@ -311,7 +311,8 @@ class OracleMoeForCausalLM(OracleMoePreTrainedModel, GenerationMixin):
 
     def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *rest: Any) -> bool:
         if generation_config.use_cache is False or model_kwargs.get("past_key_values") is not None:
-            return super()._prepare_cache_for_generation(generation_config, model_kwargs, *rest)
+            prepare: Any = super()  # the annotation of its self does not fit transformers' own models
+            return bool(prepare._prepare_cache_for_generation(generation_config, model_kwargs, *rest))
         if generation_config.cache_implementation not in (None, "dynamic"):
             raise UsageError(
                 message(

@@ -107,8 +107,9 @@ class Trainer:
             ]
         torch.manual_seed(recipe.seed + 1)
         new, carry = fork(old, config, fits, None)
+        there: Any = new  # transformers' annotation of to's self does not fit its own models
         if old.config.router != "dense" and recipe.expert_map == "match" and config.kind.choice == "centroids":
-            new, carry = fork(old, config, fits, match_experts(old, new.to(old.device), batches))
+            new, carry = fork(old, config, fits, match_experts(old, there.to(old.device), batches))
         moments = self._moments()
         self._adopt(new)
         self._put_moments(moments, carry)

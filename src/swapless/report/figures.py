@@ -113,8 +113,8 @@ def srp_chart(results: list[Result]) -> Chart:
         x = [row["segment_tokens"] for row in rows]
         known = [row for row in rows if row["ci_low"] is not None]
         if len(known) > 1:
-            ends = ([row[name] for row in known] for name in ("segment_tokens", "ci_low", "ci_high"))
-            data.append(band(*ends, result.colour))
+            at, low, high = ([row[name] for row in known] for name in ("segment_tokens", "ci_low", "ci_high"))
+            data.append(band(at, low, high, result.colour))
         data.append(line(result.name, x, [r["value"] for r in rows], result.colour, mode="lines+markers", width=3))
         mixed = result.rows("srp_shuffled", "model")
         data.append(

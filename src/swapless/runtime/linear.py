@@ -29,6 +29,8 @@ class QuantizedLinear(torch.nn.Module):
         Kept as it is, and loaded under the name that it has in torch's layer.
     """
 
+    bias: torch.nn.Parameter | None
+
     def __init__(self, layout: MatrixLayout, bias: torch.nn.Parameter | None) -> None:
         super().__init__()
         self.layout = layout

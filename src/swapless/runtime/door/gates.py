@@ -16,8 +16,10 @@ def common_gate(module: Any) -> str | None:
     if type(module)._apply_gate is not getattr(moe, "_default_apply_gate", None):
         return None
     activation = getattr(module, "act_fn", None)
-    if isinstance(activation, (torch.nn.SiLU, ACT2CLS["silu"])):
+    silu: Any = ACT2CLS["silu"]
+    gelu_tanh: Any = ACT2CLS["gelu_pytorch_tanh"]
+    if isinstance(activation, (torch.nn.SiLU, silu)):
         return "silu"
-    if isinstance(activation, ACT2CLS["gelu_pytorch_tanh"]):
+    if isinstance(activation, gelu_tanh):
         return "gelu_tanh"
     return None
