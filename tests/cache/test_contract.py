@@ -29,6 +29,7 @@ def trace():
     return made_trace()
 
 
+@pytest.mark.slow
 def test_every_policy_has_a_slow_twin_that_agrees(name, trace):
     assert name in TWINS, "write the policy's twin in twins.py"
     for pool, capacity in POOLS:

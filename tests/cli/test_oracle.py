@@ -36,7 +36,8 @@ def test_train_fit_compare(swapless, folder):
     assert done.exit_code == 0, done.output
     rows = json.loads(done.stdout)
     assert [row["name"] for row in rows] == ["dense", "switch", "oracle"]
-    assert rows[2]["routing_changes_per_100"] < rows[1]["routing_changes_per_100"]
+    assert rows[0].get("routing_changes_per_100") is None
+    assert all(0 < row["routing_changes_per_100"] <= 100 for row in rows[1:])
     done = swapless("oracle", "compare", *runs, "--html", folder / "page.html")
     assert done.exit_code == 0 and "changes/100" in done.stdout
     page = (folder / "page.html").read_text()

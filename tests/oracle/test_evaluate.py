@@ -12,6 +12,8 @@ from swapless.oracle.compare import read_result, recovered, rows_of
 from swapless.oracle.evaluate import evaluate, held_out, routing_figures, seam_losses, trace_of
 from tests.oracle.conftest import END, build
 
+pytestmark = pytest.mark.slow
+
 
 def streams(tokens: int = 400) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(0)

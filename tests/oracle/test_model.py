@@ -20,6 +20,8 @@ from swapless.oracle import OracleCache, OracleMoeConfig, OracleMoeForCausalLM, 
 from swapless.oracle.config import ROUTERS
 from tests.oracle.conftest import END, SHAPE, build, text
 
+pytestmark = pytest.mark.slow
+
 COUNTS = {"195M": 190.8e6, "295M": 294.7e6, "729M": 729.3e6, "2.06B": 2.144e9}
 
 

@@ -25,6 +25,8 @@ from swapless.oracle.train import Trainer, join_rows, special_tokens, train
 from tests.oracle.conftest import build, text
 from tests.oracle.corpus import MOE, RECIPE, SMALL, write_corpus
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def tokenizer():

@@ -176,7 +176,7 @@ def routing_figures(trace: Trace, bytes_an_expert: int) -> dict[str, Any]:
                 "bytes_a_token": found.bytes_read_per_token,
             }
         )
-    segments = [s for s in SEGMENTS if s <= T]
+    segments = [s for s in SEGMENTS if s <= T] or [T]
     looked = sch_lookahead(trace, segments)
     return {
         "changes_per_100": [100 * (1 - float(x)) for x in repeats.overlap],

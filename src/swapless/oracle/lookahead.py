@@ -38,7 +38,7 @@ class FirstLayer(Predictor):
 
     name = "first_layer"
 
-    def __init__(self, prior: float = 4.0) -> None:
+    def __init__(self, prior: float = 1.0) -> None:
         self.prior = prior
 
     def fit(self, trace: Trace, *, progress: Progress = quiet) -> Self:

@@ -34,6 +34,7 @@ class Course:
     """Where training stands: all of it goes into a checkpoint. ``best`` holds the weights of the best epoch so far."""
 
     step: int = 0
+    begun: int = 0  # the step at which this epoch began: not every epoch has as many steps
     epochs: int | None = None
     recalls: list[list[float]] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
@@ -98,7 +99,7 @@ def train(
     begun, saved = time.monotonic() - course.seconds, time.monotonic()
     a_epoch = len(documents.plan(kept, recipe.batch_tokens, np.random.default_rng([recipe.seed, 0])))
     while True:
-        epoch, place = divmod(course.step, a_epoch)
+        epoch, place = len(course.recalls), course.step - course.begun
         if course.epochs is not None and (epoch >= course.epochs or course.stale >= recipe.patience):
             break
         plan = documents.plan(kept, recipe.batch_tokens, np.random.default_rng([recipe.seed, epoch]))
@@ -126,6 +127,7 @@ def train(
                 saved = time.monotonic()
         recalls = held_recalls(network, documents, range(len(kept), documents.count), recipe.batch_tokens)
         course.recalls.append(recalls)
+        course.begun = course.step
         if course.stale == 0:
             course.best = {name: value.detach().clone() for name, value in network.state_dict().items()}
         course.seconds = time.monotonic() - begun
@@ -212,7 +214,7 @@ def _save(path: Any, network: Network, optimizer: torch.optim.Optimizer, course:
     tensors |= {f"best.{name}": value.contiguous() for name, value in course.best.items()}
     for number, state in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{number}.{name}": value.contiguous() for name, value in state.items()}
-    about = {name: getattr(course, name) for name in ("step", "epochs", "recalls", "losses", "seconds")}
+    about = {name: getattr(course, name) for name in ("step", "begun", "epochs", "recalls", "losses", "seconds")}
     metadata = {"identity": identity, "course": json.dumps(about)}
     write_whole(path, lambda part: save_file(tensors, part, metadata))
 
