@@ -15,10 +15,16 @@ from tests.cache.made import made_trace
 from tests.cache.twins import TWINS, slow_hits
 
 NAMES = POLICIES.names()
+# A policy takes longer to compile than to test: these are tested every time, the others with `make test-slow`.
+EVERY_TIME = {"lru", "lfu", "next_use", "belady"}
 POOLS = [("layer", 3), ("shared", 9), ("shared", 4), ("floor", 9)]
 
 
-@pytest.fixture(scope="module", params=NAMES)
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(name, marks=() if name in EVERY_TIME else pytest.mark.slow) for name in NAMES],
+    ids=str,
+)
 def name(request):
     """A policy. The scope keeps its tests together, so that each is compiled once however many workers test."""
     return request.param
@@ -29,7 +35,6 @@ def trace():
     return made_trace()
 
 
-@pytest.mark.slow
 def test_every_policy_has_a_slow_twin_that_agrees(name, trace):
     assert name in TWINS, "write the policy's twin in twins.py"
     for pool, capacity in POOLS:
