@@ -102,7 +102,8 @@ def pack(
         return read_manifest(target)
     modules = dict(experts_of(skeleton(opened.cls, opened.config)))
     layers = [_plan(number, layer, modules[layer.path], bits, group) for number, layer in enumerate(opened.layout.moe_layers)]
-    refs = [ref for key, ref in opened.refs.items() if key in opened.layout.non_expert_keys]
+    # What no parameter was matched with is kept too: transformers may know what to do with it.
+    refs = [ref for key, ref in opened.refs.items() if key not in opened.layout.expert_keys]
     read_bytes = sum(opened.refs[key].nbytes for key in opened.layout.expert_keys)
     written = sum(layer.num_experts * plan.block_bytes for layer, plan in zip(opened.layout.moe_layers, layers, strict=True))
     meter = _Meter(progress, read_bytes + written + 2 * sum(ref.nbytes for ref in refs))

@@ -72,16 +72,15 @@ class MoeLayer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
-    """A checkpoint as the model sees it: its MoE layers, and the keys and bytes that are not experts.
+    """A checkpoint as the model sees it: its MoE layers, the keys of their experts, and the bytes of all else.
 
-    ``linear_keys`` are those of them that are the weights of linear layers just as they are, with the layer's path.
+    ``linear_keys`` are those other keys that are weights of linear layers just as they are, with the layer's path.
     """
 
     moe_layers: tuple[MoeLayer, ...]
     top_k: int | None
     dtype: torch.dtype
     expert_keys: frozenset[str]
-    non_expert_keys: frozenset[str]
     linear_keys: Mapping[str, str]
     non_expert_bytes: int
     per_expert: bool

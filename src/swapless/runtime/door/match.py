@@ -75,7 +75,7 @@ def checkpoint_layout(meta: PreTrainedModel, refs: Mapping[str, TensorRef], dtyp
     converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
     origins: dict[str, CheckpointOrigin] = {}
-    expert_keys, non_expert_keys = set(), set()
+    expert_keys = set()
     linear_keys = {}
     routed = {int(module.num_experts) for module in modules.values()}
     non_expert_bytes = 0
@@ -90,7 +90,6 @@ def checkpoint_layout(meta: PreTrainedModel, refs: Mapping[str, TensorRef], dtyp
             expert_keys.add(key)
         elif target in names:
             ref = refs[key]
-            non_expert_keys.add(key)
             path = target.removesuffix(".weight")
             if pattern not in by_pattern and path != target and _is_linear(meta, path, ref, routed):
                 linear_keys[key] = path
@@ -101,7 +100,6 @@ def checkpoint_layout(meta: PreTrainedModel, refs: Mapping[str, TensorRef], dtyp
         top_k=top_k(meta.config),
         dtype=dtype,
         expert_keys=frozenset(expert_keys),
-        non_expert_keys=frozenset(non_expert_keys),
         linear_keys=linear_keys,
         non_expert_bytes=non_expert_bytes,
         per_expert=any(origin.merges() for origin in origins.values()),

@@ -64,7 +64,6 @@ def packed_layout(meta: PreTrainedModel, manifest: Manifest, refs: Mapping[str, 
         top_k=top_k(meta.config),
         dtype=dtype,
         expert_keys=frozenset(),
-        non_expert_keys=frozenset(refs),
         linear_keys={key: entry["module"] for key, entry in manifest.dense.items()},
         non_expert_bytes=sum(
             ref.nbytes if key in manifest.dense else int(np.prod(ref.shape)) * dtype.itemsize for key, ref in refs.items()
