@@ -21,7 +21,7 @@ from typing import Any
 from cgroup import die_tidily, run_capped
 from contestant import Task
 from page_cache import evict, shards
-from results import ROOT, document, emit, store
+from results import ROOT, document, emit, spread, store
 from rich.console import Console
 
 from swapless import embedded
@@ -55,11 +55,6 @@ def perform(task: Task, cap_bytes: int | None) -> dict[str, Any]:
     if run.returncode != 0:
         raise RuntimeError(f"{task.prefetch} failed: {run.stderr.strip()[-800:]}")
     return dict(json.loads(run.stdout))
-
-
-def spread(values: list[float]) -> dict[str, float]:
-    """Median and range."""
-    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
 def compare(task: Task, cap_bytes: int | None, rounds: int) -> dict[str, Any]:

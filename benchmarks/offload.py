@@ -38,7 +38,7 @@ import numpy as np
 from cgroup import CappedRun, die_tidily, run_capped
 from contestant import Task
 from page_cache import cached_bytes, evict, shards, warm
-from results import ROOT, document, emit, store
+from results import ROOT, document, emit, spread, store
 from rich.console import Console
 from rich.table import Table
 
@@ -219,10 +219,6 @@ def _difference(logits: np.ndarray, reference: np.ndarray) -> dict[str, float]:
     }
 
 
-def _spread(values: list[float]) -> dict[str, float | int]:
-    return {"median": statistics.median(values), "min": min(values), "max": max(values), "runs": len(values)}
-
-
 def summarise(runs: list[dict[str, Any]], phase: str) -> dict[str, Any]:
     """Medians and spread of one phase, contestant by contestant."""
     table: dict[str, Any] = {}
@@ -233,11 +229,11 @@ def summarise(runs: list[dict[str, Any]], phase: str) -> dict[str, Any]:
             continue
         row: dict[str, Any] = {"failed": len(mine) - len(good)}
         if good:
-            row["tokens_per_s"] = _spread([run["answer"]["tokens_per_s"] for run in good])
-            row["token_s"] = _spread([statistics.median(run["answer"]["token_s"]) for run in good])
+            row["tokens_per_s"] = spread([run["answer"]["tokens_per_s"] for run in good])
+            row["token_s"] = spread([statistics.median(run["answer"]["token_s"]) for run in good])
             row["fewest_tokens"] = min(run["answer"]["tokens"] for run in good)
-            row["load_s"] = _spread([run["answer"]["load_s"] for run in good])
-            row["prefill_s"] = _spread([run["answer"]["prefill_s"] for run in good])
+            row["load_s"] = spread([run["answer"]["load_s"] for run in good])
+            row["prefill_s"] = spread([run["answer"]["prefill_s"] for run in good])
             row["max_anon_bytes"] = max(run["memory"]["max_anon_bytes"] for run in good)
             usage = [run["memory"]["max_usage_bytes"] for run in good]
             row["max_usage_bytes"] = max(usage) if None not in usage else None

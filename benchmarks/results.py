@@ -15,8 +15,10 @@ import os
 import platform
 import re
 import shlex
+import statistics
 import subprocess
 import sys
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -128,6 +130,11 @@ def store(result: dict[str, Any], folder: Path = RESULTS) -> Path:
     name = f"{result['theme']}_{machine_name(result['machine'])}_{result['date']}_{result['commit']}.json"
     write_json(folder / name, result)
     return folder / name
+
+
+def spread(values: Sequence[float]) -> dict[str, float | int]:
+    """Median and range of repeated runs, and their number."""
+    return {"median": statistics.median(values), "min": min(values), "max": max(values), "runs": len(values)}
 
 
 def emit(result: dict[str, Any]) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
-from swapless.errors import UnknownNameError, UsageError
+from swapless.errors import UnknownNameError, UsageError, message
 from swapless.units import parse_share, parse_size
 
 Value = TypeVar("Value")
@@ -50,6 +50,26 @@ def exclusive(**given: Any) -> None:
     names = [f"--{name.replace('_', '-')}" for name, value in given.items() if value not in (None, False)]
     if len(names) > 1:
         raise UsageError(f"{' and '.join(names)} exclude each other. Give one of them.")
+
+
+def folder_of_page(html: Path | None) -> None:
+    """Refuse a page whose folder does not exist, before anything is computed for it.
+
+    Raises
+    ------
+    UsageError
+        There is no such folder.
+    """
+    if html is not None and not html.absolute().parent.is_dir():
+        raise UsageError(message("The folder of the page does not exist.", got=html.parent))
+
+
+def set_threads(threads: int | None) -> None:
+    """Let torch compute with so many threads; None leaves it as it is and does not import torch."""
+    if threads:
+        import torch
+
+        torch.set_num_threads(threads)
 
 
 Checkpoint = Annotated[str, typer.Argument(metavar="CHECKPOINT", help="A checkpoint folder, or the id of one on the hub.")]

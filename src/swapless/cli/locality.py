@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from swapless.cli._options import Json, Quiet, exclusive
+from swapless.cli._options import Json, Quiet, exclusive, folder_of_page
 from swapless.cli._trace_options import Documents, Domain, ModelId, PhaseName, number_list, opened_trace
 from swapless.cli.out import Out
 
@@ -36,10 +36,7 @@ def locality(
     lengths = [int(number) for number in number_list(segments, what="--segments", whole=True)]
     ratios = number_list(cache_ratios, what="--cache-ratios", whole=False)
     out = Out(as_json=json, quiet=quiet)
-    if html is not None and not html.parent.is_dir():
-        from swapless.errors import UsageError, message
-
-        raise UsageError(message("The folder of the page does not exist.", got=html.parent))
+    folder_of_page(html)
 
     from swapless.cli._survey import json_lines, survey
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from swapless.cli._options import Json, Quiet, Threads, exclusive
+from swapless.cli._options import Json, Quiet, Threads, exclusive, folder_of_page, set_threads
 from swapless.cli.out import Out
 
 __all__ = ["VERBS"]
@@ -41,7 +41,7 @@ def train(
 
     chosen = Recipe(**values)
     chosen.config()
-    _set_threads(threads)
+    set_threads(threads)
     with out.progress() as progress:
         progress("reading the corpus", 0.0)
         loaded, streams = _data(corpus, tokenizer, run.parent, held_out=False)
@@ -93,7 +93,7 @@ def fit(
         )
     if out.exists():
         raise UsageError(message("The folder is there already.", got=out, step="Name another."))
-    _set_threads(threads)
+    set_threads(threads)
     with sink.progress() as progress:
         progress("reading the corpus", 0.0)
         tokenizer, streams = _data(corpus, str(checkpoint), out.parent, held_out=False)
@@ -147,13 +147,11 @@ def compare(
 ) -> None:
     """Put twins side by side: loss on held-out text, experts changed, and what a small cache would have to read."""
     exclusive(json=json, html=html)
-    from swapless.errors import UsageError, message
     from swapless.oracle.compare import measure_run, read_result, recovered, rows_of
 
     out = Out(as_json=json, quiet=quiet)
-    if html is not None and not html.parent.is_dir():
-        raise UsageError(message("The folder of the page does not exist.", got=html.parent))
-    _set_threads(threads)
+    folder_of_page(html)
+    set_threads(threads)
     results = []
     with out.progress() as progress:
         for number, run in enumerate(runs):
@@ -237,13 +235,6 @@ def _recipe_file(path: Path | None) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise UsageError(message("A recipe is one JSON object.", where=path))
     return values
-
-
-def _set_threads(threads: int | None) -> None:
-    if threads is not None:
-        import torch
-
-        torch.set_num_threads(threads)
 
 
 def _data(corpus: Path, tokenizer: str | None, cache: Path, *, held_out: bool) -> tuple[Any, dict[str, Any]]:

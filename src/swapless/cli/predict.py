@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from swapless.cli._options import Json, OutPath, Quiet, Threads, exclusive
+from swapless.cli._options import Json, OutPath, Quiet, Threads, exclusive, folder_of_page, set_threads
 from swapless.cli._trace_options import Documents, Domain, ModelId, PhaseName, chosen_trace, number_list
 from swapless.cli.out import Out
 
@@ -50,7 +50,7 @@ def train(
     with sink.progress() as progress:
         progress("reading", 0.0)
         chosen = chosen_trace(trace, documents=documents, domain=domain, phase=phase, model_id=model_id)
-        _set_threads(threads)
+        set_threads(threads)
         predictor.fit(chosen, progress=progress)
     save_predictor(out, predictor)
     about: dict[str, Any] = {
@@ -90,22 +90,20 @@ def evaluate(
     quiet: Quiet = False,
 ) -> None:
     """Recall and precision of a predictor that sees only what exists at each lead."""
-    from swapless.errors import UsageError, message
     from swapless.predict.evaluate import evaluate as measure
     from swapless.predict.predictor import parse_lead
     from swapless.predict.saved import load_predictor
 
     exclusive(json=json, html=html)
     out = Out(as_json=json, quiet=quiet)
-    if html is not None and not html.absolute().parent.is_dir():
-        raise UsageError(message("The folder of the page does not exist.", got=html.parent))
+    folder_of_page(html)
     fitted = load_predictor(predictor)
     leads = list(dict.fromkeys(parse_lead(part, fitted.fitted_.num_moe_layers) for part in lead.split(",")))
     wide = None if widths is None else [int(width) for width in number_list(widths, what="--widths", whole=True)]
     with out.progress() as progress:
         progress("reading", 0.0)
         chosen = chosen_trace(trace, documents=documents, domain=domain, phase=phase, model_id=model_id)
-        _set_threads(threads)
+        set_threads(threads)
         rows = measure(
             fitted, chosen, leads, widths=wide, skip_positions=skip_positions, progress=progress, warn=lambda s: out.note(s)
         )
@@ -137,13 +135,6 @@ def _options(given: list[str]) -> dict[str, Any]:
         except json.JSONDecodeError:
             options[name] = value
     return options
-
-
-def _set_threads(threads: int | None) -> None:
-    if threads is not None:
-        import torch
-
-        torch.set_num_threads(threads)
 
 
 def _print(out: Out, rows: list[dict[str, Any]], tokens: int, top_k: int) -> None:

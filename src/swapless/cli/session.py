@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from swapless.cli._options import set_threads
 from swapless.cli.out import Out
 from swapless.cli.stream import TextStream
 from swapless.errors import CheckpointError, UsageError, message
@@ -76,15 +77,13 @@ def open_model(checkpoint: str, out: Out, *, threads: int | None = None, **optio
     """The model of ``swapless.load(checkpoint, **options)``, its loading shown, closed at the end whatever happens."""
     with out.progress() as progress:
         progress("Starting", 0.0)
-        import torch
         import transformers
 
         import swapless
 
         transformers.utils.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()
-        if threads:
-            torch.set_num_threads(threads)
+        set_threads(threads)
         model: Any = swapless.load(checkpoint, progress=progress, **options)
     try:
         for warning in model.swapless.budget.warnings:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from swapless.cli._options import Json, Quiet, exclusive
+from swapless.cli._options import Json, Quiet, exclusive, folder_of_page
 from swapless.cli._trace_options import Documents, chosen_trace
 from swapless.cli.out import Out
 
@@ -38,12 +38,11 @@ def simulate(
     quiet: Quiet = False,
 ) -> None:
     """Replay a trace against cache policies: hits, bytes, distance to the optimum, and time on a device."""
-    from swapless.errors import UsageError, message
+    from swapless.errors import UsageError
 
     exclusive(json=json, html=html)
     out = Out(as_json=json, quiet=quiet)
-    if html is not None and not html.parent.is_dir():
-        raise UsageError(message("The folder of the page does not exist.", got=html.parent))
+    folder_of_page(html)
     sizes = _capacities(capacity)
     if protocol is not None or predictions is not None:
         rows = _published(protocol, predictions, sizes)
