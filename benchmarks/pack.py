@@ -22,8 +22,8 @@ from cgroup import CappedRun, run_capped
 from page_cache import evict, shards
 from results import document, emit, store
 
-from swapless.runtime.model import _open_store, _sample_extents
 from swapless.runtime.open import open_checkpoint
+from swapless.runtime.parts import open_store, sample_extents
 from swapless.store.packed import read_manifest
 from swapless.store.probe import probe
 from swapless.units import format_size, parse_size
@@ -35,9 +35,9 @@ START = "import torch, swapless.runtime.packing, swapless.runtime.door"
 def bandwidth(checkpoint: Path) -> float:
     """Bytes a second of reading experts, at the best depth."""
     opened = open_checkpoint(checkpoint)
-    reads = _open_store(opened, check=False)
+    reads = open_store(opened, check=False)
     try:
-        return probe(reads.reader, _sample_extents(reads, opened.layout.moe_layers), budget_s=3.0).best_bytes_per_s
+        return probe(reads.reader, sample_extents(reads, opened.layout.moe_layers), budget_s=3.0).best_bytes_per_s
     finally:
         reads.close()
 

@@ -62,11 +62,11 @@ def test_bytes_and_parameters_are_the_same_memory() -> None:
 
 @pytest.mark.parametrize("family", ["olmoe", "qwen3_moe"])
 def test_parameters_of_real_layouts_hold_the_checkpoint(family: str, request: pytest.FixtureRequest, eager: Any) -> None:
-    from swapless.runtime.model import _open_store
+    from swapless.runtime.parts import open_store
 
     folder: Path = request.getfixturevalue(family)
     opened = open_checkpoint(folder)
-    store, pool = _open_store(opened, check=False), SlotPool(opened.layout.moe_layers, 1)
+    store, pool = open_store(opened, check=False), SlotPool(opened.layout.moe_layers, 1)
     plain, bounce = eager(folder), store.bounce_buffer()
     for layer, expert in ((0, 0), (1, 7), (2, 3)):
         for part in range(store.parts(layer, expert)):

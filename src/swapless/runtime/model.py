@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -12,34 +11,33 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from swapless.cache import DEFAULT_POLICY, POLICIES
-from swapless.cache.policy import Policy, state_bytes
+from swapless.cache.policy import Policy
 from swapless.cache.residency import layer_pools
 from swapless.cache.serve import ExpertCache
 from swapless.errors import CheckpointCorruptError, UsageError, message
 from swapless.notation import Phase
 from swapless.runtime.budget import Budget, plan_budget
-from swapless.runtime.compute import Experts, PlainExperts
-from swapless.runtime.door import MoeLayer, experts_of, load_non_experts
-from swapless.runtime.dry import activation_bytes, dry_run
+from swapless.runtime.compute import Experts
+from swapless.runtime.door import experts_of, load_non_experts
+from swapless.runtime.dry import dry_run
 from swapless.runtime.engine import Engine
 from swapless.runtime.lookahead import GateLookahead
 from swapless.runtime.memory import MemoryMeter, available_bytes
 from swapless.runtime.offloaded import offloaded_class
 from swapless.runtime.open import OpenCheckpoint, open_checkpoint
-from swapless.runtime.pool import SlotPool, slot_bytes
+from swapless.runtime.parts import budget_shape, computation, context_of, gate_leads, open_store, parts_to_come, sample_extents
+from swapless.runtime.pool import SlotPool
 from swapless.runtime.routing import RoutingLog
 from swapless.runtime.source import checkpoint_folder
 from swapless.runtime.steps import StepHooks
 from swapless.runtime.store import Store
-from swapless.store.checkpoint import CheckpointStore, Extent
-from swapless.store.packed import Manifest, PackedStore
+from swapless.store.packed import Manifest
 from swapless.store.probe import Probe, probe
 from swapless.store.read import FileReader
 from swapless.store.tensors import TensorReader
 from swapless.trace import TraceHeader
 from swapless.units import parse_share, parse_size
 
-DEFAULT_CONTEXT_TOKENS = 4096
 _AUTO_SHARE = 0.8
 """Of what is available, the part that ``memory="auto"`` takes."""
 
@@ -114,7 +112,7 @@ def load(
     """
     chosen: Policy = POLICIES.get(policy)() if isinstance(policy, str) else policy
     total_bytes, share = _target(memory, resident)
-    leads = _gate_leads(prefetch)
+    leads = gate_leads(prefetch)
     report = progress or (lambda stage, done: None)
     meter = MemoryMeter()
     base_bytes = meter.now_bytes()
@@ -123,16 +121,9 @@ def load(
     opened = open_checkpoint(folder, dtype)
     if check and opened.manifest is None:
         raise UsageError(message("Only a packed store has checksums to check.", got=folder, step="Leave check out."))
-    context_tokens = _context(context, opened.config)
+    context_tokens = context_of(context, opened.config)
     layers = opened.layout.moe_layers
-    shape: dict[str, int] = {
-        "slot_bytes": slot_bytes(layers),
-        "expert_bytes": max(layer.expert_bytes for layer in layers),
-        "num_experts_total": sum(layer.num_experts for layer in layers),
-        "experts_a_token": opened.experts_a_token,
-        "context_tokens": context_tokens,
-        "ahead_slots": len(leads) * opened.experts_a_token // len(layers),
-    }
+    shape = budget_shape(opened, context_tokens, leads)
     if memory == "auto" or (total_bytes is None and share is None):
         total_bytes = base_bytes + int(_AUTO_SHARE * available_bytes())
     fixed = {"base": base_bytes, "non_expert": opened.layout.non_expert_bytes}
@@ -142,20 +133,13 @@ def load(
     model = _load_non_experts(opened, attn_implementation)
     report("measuring", 0.7)
     _warm_kernels(chosen)
-    compute = _computation(opened)
+    compute = computation(opened)
     dry = dry_run(model)
-    store = _open_store(opened, check)
-    measured = probe(store.reader, _sample_extents(store, layers))
+    store = open_store(opened, check)
+    measured = probe(store.reader, sample_extents(store, layers))
     now_bytes = meter.now_bytes()
-    fixed |= {
-        "loading": max(0, now_bytes - sum(fixed.values())),
-        "kv_cache": dry.cache_bytes_fixed + dry.cache_bytes_per_token * context_tokens,
-        "activations": activation_bytes(opened.config, context_tokens, opened.layout.dtype),
-        "io_buffers": measured.depth * store.bounce_bytes,
-        "policy": state_bytes(chosen, len(layers), max(layer.num_experts for layer in layers)),
-    }
-    if compute.scratch_bytes:
-        fixed["scratch"] = compute.scratch_bytes
+    fixed |= {"loading": max(0, now_bytes - sum(fixed.values()))}
+    fixed |= parts_to_come(opened, chosen, dry, context_tokens, measured.depth * store.bounce_bytes)
     budget = plan_budget(total_bytes=total_bytes, resident_share=share, fixed_parts=fixed, **shape)
     report("opening slots", 0.9)
     lookahead = GateLookahead(model, leads) if leads else None
@@ -178,27 +162,6 @@ def _target(memory: str | int | None, resident: str | float | None) -> tuple[int
     if resident is not None:
         return None, parse_share(resident)
     return (None if memory is None or memory == "auto" else parse_size(memory)), None
-
-
-def _gate_leads(prefetch: str | None) -> list[int]:
-    if prefetch is None:
-        return []
-    kind, _, farthest = prefetch.partition(":")
-    if kind != "gate" or (farthest and not farthest.isdecimal()) or farthest == "0":
-        raise UsageError(message("Unknown prefetch.", got=prefetch, allowed='"gate", or "gate:N" for N MoE layers ahead'))
-    return list(range(1, int(farthest or 1) + 1))
-
-
-def _context(context: int | None, config: Any) -> int:
-    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
-    limit = limit if isinstance(limit, int) and limit > 0 else None
-    if context is None:
-        return min(DEFAULT_CONTEXT_TOKENS, limit or DEFAULT_CONTEXT_TOKENS)
-    if context < 1 or (limit is not None and context > limit):
-        raise UsageError(
-            message("The context does not fit the model.", got=f"{context} tokens", allowed=f"1 to {limit or 'any number of'}")
-        )
-    return context
 
 
 def _load_non_experts(opened: OpenCheckpoint, attn_implementation: str | None) -> PreTrainedModel:
@@ -257,45 +220,6 @@ def _warm_kernels(policy: Policy) -> None:
     for phase in Phase:
         cache.request(0, np.zeros((1, 1), np.int64), phase)
     cache.forget(0, np.zeros(1, np.int32))
-
-
-class _Computation(NamedTuple):
-    """How experts are computed once there are slots, and what that holds beside them, in bytes."""
-
-    of: Callable[[SlotPool], Experts]
-    scratch_bytes: int
-
-
-def _computation(opened: OpenCheckpoint) -> _Computation:
-    manifest = opened.manifest
-    if manifest is None or (manifest.bits == 16 and not manifest.dense):
-        return _Computation(PlainExperts, 0)
-    from swapless.runtime.linear import SCRATCH_BYTES  # kernels are compiled when they are imported
-    from swapless.runtime.quantized import QuantizedExperts, scratch_bytes
-
-    linear = SCRATCH_BYTES if manifest.dense else 0
-    if manifest.bits == 16:
-        return _Computation(PlainExperts, linear)
-    return _Computation(lambda pool: QuantizedExperts(pool, manifest), max(linear, scratch_bytes(manifest)))
-
-
-def _all_experts(layers: Sequence[MoeLayer]) -> list[tuple[int, int]]:
-    return [(moe_layer, expert) for moe_layer, layer in enumerate(layers) for expert in range(layer.num_experts)]
-
-
-def _open_store(opened: OpenCheckpoint, check: bool) -> Store:
-    if opened.manifest is not None:
-        return PackedStore(opened.folder, opened.manifest.moe_layers, check=check)
-    layers = opened.layout.moe_layers
-    everyone = _all_experts(layers)
-    files = {extent.file for i, e in everyone for source in layers[i].sources(e) for extent in source.extents}
-    return CheckpointStore(lambda moe_layer, expert: layers[moe_layer].sources(expert), FileReader(sorted(files)), everyone)
-
-
-def _sample_extents(store: Store, layers: Sequence[MoeLayer], most: int = 256) -> list[Extent]:
-    everyone = _all_experts(layers)
-    chosen = np.random.default_rng(0).permutation(len(everyone))[:most]
-    return [extent for index in chosen for extent in store.extents(*everyone[index])]
 
 
 def _model_id(checkpoint: str | Path) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -101,7 +101,7 @@ def pack(
     if packing.finished:
         return read_manifest(target)
     modules = dict(experts_of(skeleton(opened.cls, opened.config)))
-    layers = [_plan(number, layer, modules[layer.path], bits, group) for number, layer in enumerate(opened.layout.moe_layers)]
+    layers = packed_layers(opened, modules, bits, group)
     # What no parameter was matched with is kept too: transformers may know what to do with it.
     refs = [ref for key, ref in opened.refs.items() if key not in opened.layout.expert_keys]
     read_bytes = sum(opened.refs[key].nbytes for key in opened.layout.expert_keys)
@@ -136,6 +136,15 @@ def pack(
     )
     packing.finish(manifest)
     return manifest
+
+
+def packed_layers(opened: OpenCheckpoint, modules: Mapping[str, Any], bits: int, group: int) -> list[PackedLayer]:
+    """What a packed store of ``opened`` would be made of, nothing written: layers without checksums.
+
+    ``modules`` are the experts modules of its model by path, from :func:`~swapless.runtime.door.experts_of`.
+    """
+    layers = opened.layout.moe_layers
+    return [_plan(number, layer, modules[layer.path], bits, group) for number, layer in enumerate(layers)]
 
 
 def _plan(number: int, layer: MoeLayer, module: Any, bits: int, group: int) -> PackedLayer:
