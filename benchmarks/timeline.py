@@ -10,8 +10,10 @@ bandwidth of a shared disk drifts within seconds. The engine's own trace of that
 with the engine's own policy, the probed device and the compute times of the same round. Misses must agree exactly; tokens a
 second, as medians over the rounds, within 20 %.
 
-What stands for the device: bytes over seconds of all probes of the run, at the engine's own number of reads in flight, and
-slowed by what the probe leaves out, the copy from the bounce buffer into the slot, timed in the same pauses.
+What stands for the device: bytes over seconds of all probes of the run, at the engine's own number of reads in flight. What the
+probe leaves out, the copy from the bounce buffer into the slot, is timed in the same pauses. It is done by the reader threads,
+but on two cores and one memory bus it is compute that waits for it, so it is charged there: an expert that had to be read
+costs its copy besides.
 """
 
 from __future__ import annotations
@@ -177,14 +179,13 @@ def at_capacity(
     policy = engine._cache.policy
     run.close()
     expert_bytes = budget.expert_bytes
-    # Each reader copies what it read before it reads on; meanwhile the others have the disk.
-    s_per_byte = statistics.fmean(reads) + statistics.fmean(copies) / depth
-    device = DeviceProfile(name="this machine", bytes_per_s=1 / s_per_byte, queue_depth=depth, source="store/probe")
+    device = DeviceProfile(name="this machine", bytes_per_s=1 / statistics.fmean(reads), queue_depth=depth, source="store/probe")
     layers, top_k = trace.num_moe_layers, trace.top_k
     block = BlockTime(
         attention_s=(compute["token_s"] - compute["experts_s"]) / layers,
         shared_s=0.0,
         expert_s=compute["experts_s"] / layers / top_k,
+        landing_s=statistics.fmean(copies) * expert_bytes,
     )
     before = len(tokens["prompt"]) + len(tokens["warm_up"])
     counted = replay(trace, policy, capacity, warmup_tokens=before)

@@ -46,6 +46,14 @@ def test_one_block_by_hand(trace):
         assert found.times.stall_s[0] == pytest.approx(3 * (second + 0.5 - 4.0))
 
 
+def test_landing_costs_compute_not_the_link(trace):
+    # As above at depth 1: landings at 7 and 12. The first is taken in while the second is read, then 2 + 0.5 s for that.
+    landing = BlockTime(attention_s=2.0, shared_s=1.0, expert_s=0.5, landing_s=2.0)
+    found = timeline(one_token(trace), "lru", 3, device(fixed_s=1.0), block=landing, expert_bytes=4)
+    assert found.times.end_s[0] == pytest.approx(3 * 14.5)
+    assert found.times.stall_s[0] == pytest.approx(3 * (14.5 - 4.0))
+
+
 def test_reads_and_bytes_are_those_of_the_replay(trace):
     counted = replay(trace, "lfu", 3, warmup_tokens=5, expert_bytes=10)
     found = timeline(trace, "lfu", 3, device(), block=BLOCK, warmup_tokens=5, expert_bytes=10)
@@ -95,8 +103,9 @@ def test_wrong_arguments_are_refused(trace):
         timeline(trace, "lru", 3, device(), predicted=np.zeros((1, 3, 8), np.float32))
     with pytest.raises(UsageError, match="at least 1"):
         timeline(trace, "lru", 3, device(), lead=0)
-    with pytest.raises(UsageError, match="at least 0"):
-        BlockTime(expert_s=-1.0)
+    for name in ("expert_s", "landing_s"):
+        with pytest.raises(UsageError, match="at least 0"):
+            BlockTime(**{name: -1.0})
 
 
 def test_rows_are_json(trace):

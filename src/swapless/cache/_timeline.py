@@ -14,7 +14,7 @@ from swapless.cache.serve import serve
 
 class Costs(NamedTuple):
     """Seconds: ``transfer_s`` one expert over the link, ``fixed_s`` a read's other time, ``attention_s`` and ``shared_s`` a
-    block, ``expert_s`` one expert; ``depth`` reads in flight."""
+    block, ``expert_s`` one expert, ``landing_s`` what one that is waited for costs besides; ``depth`` reads in flight."""
 
     transfer_s: float
     fixed_s: float
@@ -22,6 +22,7 @@ class Costs(NamedTuple):
     attention_s: float
     shared_s: float
     expert_s: float
+    landing_s: float
 
 
 class Ahead(NamedTuple):
@@ -197,7 +198,7 @@ def timeline_calls(
                 there = landed[soonest]
                 landed[soonest] = landed[i]
                 landed[i] = there
-                busy = max(busy, there) + costs.expert_s
+                busy = max(busy, there) + costs.landing_s + costs.expert_s
             if foresee:
                 if moe_layer + ahead.lead[0] < layers:  # such a prediction may use the routing of this MoE layer
                     _want(ahead.scores[rows[starts[c]]], num_experts, moe_layer + ahead.lead[0], residency.slot_of_key, ahead)

@@ -31,6 +31,14 @@ class BlockTime:
 
     The default splits the 1.9 ms a block of DeepSeek-V2-Lite (MoE-Infinity's 50 ms a token on an RTX A5000).
 
+    Parameters
+    ----------
+    attention_s, shared_s, expert_s : float
+        Attention and router, what runs beside the routed experts, and one routed expert.
+    landing_s : float
+        What an expert that has to be waited for costs the computing side besides: its copy into the slot, which takes
+        processor and memory from compute. Counted as stall.
+
     Raises
     ------
     UsageError
@@ -40,9 +48,10 @@ class BlockTime:
     attention_s: float = 1.0e-3
     shared_s: float = 0.3e-3
     expert_s: float = 0.1e-3
+    landing_s: float = 0.0
 
     def __post_init__(self) -> None:
-        if min(self.attention_s, self.shared_s, self.expert_s) < 0:
+        if min(self.attention_s, self.shared_s, self.expert_s, self.landing_s) < 0:
             raise UsageError(message("A compute time must be at least 0 seconds.", got=str(self)))
 
 
@@ -174,7 +183,7 @@ def timeline(
     calls, block = len(setup.plan.phase), block or BlockTime()
     costs = Costs(
         *(size / device.bytes_per_s, device.fixed_s, device.queue_depth),
-        *(block.attention_s, block.shared_s, block.expert_s),
+        *(block.attention_s, block.shared_s, block.expert_s, block.landing_s),
     )
     scores = np.zeros((0, 0, 0), np.float32) if predicted is None else np.ascontiguousarray(predicted, np.float32)
     one = (np.array([lead], np.int64), np.array([width], np.int64), np.zeros(trace.num_moe_layers * width, np.int64))
