@@ -25,6 +25,7 @@ VERBS = {
     "info": "swapless.cli.info:info",
     "verify": "swapless.cli.verify:verify",
     "pack": "swapless.cli.pack:pack",
+    "perplexity": "swapless.cli.perplexity:perplexity",
     "record": "swapless.cli.record:record",
     "locality": "swapless.cli.locality:locality",
     "simulate": "swapless.cli.simulate:simulate",

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from swapless.cli import _options as options
 from swapless.cli.out import Out
+from swapless.cli.perplexity import Text, measure, read_text
+from swapless.errors import UsageError
 from swapless.units import format_size
+
+if TYPE_CHECKING:
+    from swapless.store.packed import Manifest
 
 __all__ = ["pack"]
 
@@ -20,6 +25,10 @@ def pack(
     bits: Annotated[int, typer.Option(metavar="16|8|4", help="Bits of an expert's weights; 16 keeps every bit.")] = 8,
     group: Annotated[int, typer.Option(metavar="32|64|128", help="Weights that share a scale in 4 bits.")] = 32,
     dense_bits: Annotated[int, typer.Option(metavar="16|8", help="Bits of all other weights; 16 keeps them as they are.")] = 16,
+    text: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Then score this text with and without, for the manifest.")
+    ] = None,
+    tokens: Annotated[int | None, typer.Option(metavar="N", min=1, help="Of the text, score so many tokens.")] = None,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
@@ -27,6 +36,9 @@ def pack(
 
     The folder holds all that is needed to run it. Stopped at any moment, the same command goes on where it was.
     """
+    if tokens is not None and text is None:
+        raise UsageError("--tokens says how much of --text is scored. Give --text too.")
+    given = None if text is None else read_text(text)
     out = Out(as_json=as_json, quiet=quiet)
     with out.progress() as progress:
         progress("Starting", 0.0)
@@ -36,5 +48,25 @@ def pack(
     experts = sum(layer.num_experts * layer.block_bytes for layer in manifest.moe_layers)
     others = sum(int(entry["bytes"]) for entry in manifest.files.values())
     count = sum(layer.num_experts for layer in manifest.moe_layers)
-    out.document({"out": str(out_path), "bits": bits, "experts": count, "expert_bytes": experts, "other_bytes": others})
+    if given is not None:
+        manifest = _priced(checkpoint, out_path, given, tokens, out)
+    document = {"out": str(out_path), "bits": bits, "experts": count, "expert_bytes": experts, "other_bytes": others}
+    out.document(document | ({"perplexity": manifest.perplexity} if given is not None else {}))
     out.text(f"{out_path}: {count} experts in {format_size(experts)}, everything else in {format_size(others)}")
+    if given is not None and manifest.perplexity is not None:
+        before, after = manifest.perplexity["original"], manifest.perplexity["packed"]
+        change = f"{100 * (after / before - 1):+.2f} %"
+        out.text(f"perplexity {before:.4f} before, {after:.4f} packed ({change}), {manifest.perplexity['tokens']} tokens")
+
+
+def _priced(checkpoint: str, folder: Path, text: Text, tokens: int | None, out: Out) -> Manifest:
+    """Score ``text`` with the checkpoint and with the packed store, and put both figures into the manifest."""
+    from swapless.store.packed import note_perplexity
+
+    before = measure(checkpoint, text, tokens, out, memory="auto")
+    after = measure(str(folder), text, tokens, out, memory="auto")
+    return note_perplexity(
+        folder,
+        {"original": before["perplexity"], "packed": after["perplexity"]}
+        | {name: after[name] for name in ("tokens", "context_tokens", "text_sha256")},
+    )

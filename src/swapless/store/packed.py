@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,12 @@ from typing import Any
 import numpy as np
 
 from swapless.errors import CheckpointCorruptError, PackMismatchError, ReadError, message
+from swapless.manifest import write_json
 from swapless.store.checkpoint import Extent
 from swapless.store.headers import find_shards
 from swapless.store.matrix import MatrixLayout
 from swapless.store.read import BLOCK_BYTES, FileReader, aligned_buffer
+from swapless.store.write import write_error
 
 MANIFEST = "swapless.json"
 JOURNAL = ".swapless-pack.json"
@@ -78,7 +80,8 @@ class Manifest:
 
     ``source`` has the source's ``name`` and ``identity`` (:func:`checkpoint_identity`); ``files`` map a name to its ``bytes``
     and ``sha256``; ``dtype`` is the type that the checkpoint computes in. ``dense`` names the tensors of ``model.safetensors``
-    that are quantised matrices in 8 bits, each with the ``module`` that it is the weight of and its ``shape``.
+    that are quantised matrices in 8 bits, each with the ``module`` that it is the weight of and its ``shape``. ``perplexity``
+    is what the bits cost, where it was measured: ``original`` and ``packed``, over ``tokens`` of the text with ``text_sha256``.
     """
 
     bits: int
@@ -89,10 +92,12 @@ class Manifest:
     moe_layers: tuple[PackedLayer, ...]
     files: Mapping[str, Mapping[str, Any]]
     dense: Mapping[str, Mapping[str, Any]]
+    perplexity: Mapping[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON, the version of the format first."""
-        return {"format_version": FORMAT_VERSION} | asdict(self) | {"source": dict(self.source)}
+        """Plain values for JSON, the version of the format first; what was not measured is left out."""
+        document = {"format_version": FORMAT_VERSION} | asdict(self)
+        return {key: value for key, value in document.items() if value is not None}
 
     def layout(self, piece: Piece) -> MatrixLayout:
         """How a quantised piece lies in memory."""
@@ -163,6 +168,24 @@ def read_manifest(folder: Path) -> Manifest:
             message("The manifest of a packed store is malformed.", where=path, got=repr(error), step=_AGAIN)
         ) from error
     _check_files(folder, manifest)
+    return manifest
+
+
+def note_perplexity(folder: Path, perplexity: Mapping[str, Any]) -> Manifest:
+    """Put measured ``perplexity`` (see :class:`Manifest`) into the manifest of a finished store, in place of an older one.
+
+    Raises
+    ------
+    CheckpointCorruptError, PackMismatchError
+        See :func:`read_manifest`.
+    WriteError
+        No room, or no permission; the manifest is as it was.
+    """
+    manifest = replace(read_manifest(folder), perplexity=dict(perplexity))
+    try:
+        write_json(folder / MANIFEST, manifest.to_dict())
+    except OSError as error:
+        raise write_error(error, folder / MANIFEST, 0) from error
     return manifest
 
 
