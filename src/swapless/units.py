@@ -98,3 +98,15 @@ def format_size(size_bytes: float) -> str:
             return f"{value:.0f} B" if unit == "B" else f"{value:.2f} {unit}"
         value /= 1024
     return f"{value:.2f} TiB"
+
+
+def exact_size(size_bytes: int) -> str:
+    """The same bytes as text that :func:`parse_size` takes, in the largest unit that says them exactly.
+
+    Examples
+    --------
+    >>> exact_size(8 * 2**30), exact_size(1_200_000_000), exact_size(1001)
+    ('8GiB', '1200MB', '1001B')
+    """
+    units = sorted(_FACTORS.items(), key=lambda item: -item[1])
+    return next(f"{size_bytes // factor}{unit}" for unit, factor in units if size_bytes % factor == 0)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 _PAGE = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
-_V1 = Path("/sys/fs/cgroup/memory")
-_V2 = Path("/sys/fs/cgroup")
 _UNLIMITED = 1 << 60
 
 
@@ -20,31 +19,41 @@ class Cgroup(NamedTuple):
     limit_bytes: int
 
 
-def own_cgroup() -> Cgroup | None:
+def own_cgroup(root: Path = Path("/")) -> Cgroup | None:
     """The limited memory cgroup that holds this process, or None.
 
-    A cgroup counts page cache and library pages as well, which is what the out-of-memory killer goes by.
+    A cgroup counts page cache and library pages as well, which is what the out-of-memory killer goes by. ``root`` is where
+    ``proc`` and ``sys`` are found.
     """
+    return next((group for depth, group in _cgroups(root) if depth == 0), None)
+
+
+def _cgroups(root: Path) -> Iterator[tuple[int, Cgroup]]:
+    """Limited memory cgroups of this process, v1 or v2, from its own (0) up to that of the whole machine."""
     try:
-        lines = Path("/proc/self/cgroup").read_text().splitlines()
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
     except OSError:
-        return None  # no Linux
+        return  # no Linux
     for line in lines:
         _, controllers, path = line.split(":", 2)
-        if controllers == "memory":
-            folder = _V1 / path.lstrip("/")
-            files = (folder / "memory.usage_in_bytes", folder / "memory.max_usage_in_bytes", folder / "memory.limit_in_bytes")
+        if "memory" in controllers.split(","):
+            top = root / "sys/fs/cgroup/memory"
+            names = ("memory.usage_in_bytes", "memory.max_usage_in_bytes", "memory.limit_in_bytes")
         elif controllers == "":
-            folder = _V2 / path.lstrip("/")
-            files = (folder / "memory.current", folder / "memory.peak", folder / "memory.max")
+            top = root / "sys/fs/cgroup"
+            names = ("memory.current", "memory.peak", "memory.max")
         else:
             continue
-        if all(file.exists() for file in files):
-            text = files[2].read_text().strip()
-            limit = _UNLIMITED if text == "max" else int(text)
-            if limit < _UNLIMITED and limit < machine_bytes():
-                return Cgroup(files[0], files[1], limit)
-    return None
+        own = top / path.lstrip("/")
+        own = own if own.is_dir() else top  # in a container the path of the host is not visible
+        folders = [own, *own.parents]
+        for depth, folder in enumerate(folders[: folders.index(top) + 1]):
+            usage, peak, limit = (folder / name for name in names)
+            if usage.exists() and peak.exists() and limit.exists():
+                text = limit.read_text().strip()
+                limit_bytes = _UNLIMITED if text == "max" else int(text)
+                if limit_bytes < _UNLIMITED and limit_bytes < machine_bytes():
+                    yield depth, Cgroup(usage, peak, limit_bytes)
 
 
 def machine_bytes() -> int:
@@ -52,13 +61,25 @@ def machine_bytes() -> int:
     return _meminfo("MemTotal") or os.sysconf("SC_PHYS_PAGES") * _PAGE
 
 
-def available_bytes() -> int:
-    """What this process may still take, by the machine and by its cgroup."""
+def available_bytes(root: Path = Path("/")) -> int:
+    """What this process may still take, by the machine and by all cgroups that hold it; their unused page cache is free."""
     available = _meminfo("MemAvailable") or machine_bytes() // 2
-    cgroup = own_cgroup()
-    if cgroup is not None:
-        available = min(available, max(0, cgroup.limit_bytes - int(cgroup.usage.read_text())))
+    for _, cgroup in _cgroups(root):
+        used = int(cgroup.usage.read_text()) - _unused_cache_bytes(cgroup)
+        available = min(available, max(0, cgroup.limit_bytes - used))
     return available
+
+
+def limit_bytes(root: Path = Path("/")) -> int:
+    """The most this process may ever hold: the machine's memory, or the tightest limit of its cgroups."""
+    return min((cgroup.limit_bytes for _, cgroup in _cgroups(root)), default=machine_bytes())
+
+
+def _unused_cache_bytes(cgroup: Cgroup) -> int:
+    """Page cache of the group that the kernel drops before it refuses anybody memory."""
+    stat = cgroup.usage.with_name("memory.stat")
+    rows = dict(line.split(maxsplit=1) for line in stat.read_text().splitlines()) if stat.exists() else {}
+    return int(rows.get("total_inactive_file", rows.get("inactive_file", 0)))
 
 
 def _meminfo(name: str) -> int | None:

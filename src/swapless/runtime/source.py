@@ -11,6 +11,12 @@ _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _WANTED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 
 
+def is_hub_id(checkpoint: str | Path) -> bool:
+    """Whether ``checkpoint`` can only be meant for the hub: it has the form of an id, and no such path exists."""
+    name = str(checkpoint)
+    return not Path(checkpoint).exists() and bool(_HUB_ID.fullmatch(name)) and not name.startswith((".", "/"))
+
+
 def checkpoint_folder(
     checkpoint: str | Path, *, revision: str | None = None, token: str | None = None, local_files_only: bool = False
 ) -> Path:
@@ -21,9 +27,8 @@ def checkpoint_folder(
     CheckpointMissingError
         Neither a local path nor a repository that could be fetched.
     """
-    path = Path(checkpoint)
-    if path.exists() or not _HUB_ID.fullmatch(str(checkpoint)) or str(checkpoint).startswith((".", "/")):
-        return path  # what is wrong with a path is told by whoever reads it
+    if not is_hub_id(checkpoint):
+        return Path(checkpoint)  # what is wrong with a path is told by whoever reads it
     from huggingface_hub import snapshot_download
 
     try:

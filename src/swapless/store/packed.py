@@ -248,6 +248,11 @@ def checkpoint_identity(folder: Path) -> str:
     return digest.hexdigest()
 
 
+def block_parts(block_bytes: int) -> int:
+    """Into how many reads a block of this size is cut."""
+    return max(1, min(4, round(block_bytes / _PART_BYTES)))
+
+
 class PackedStore:
     """Experts of a packed store by (moe_layer, expert), read into slots. The same calls as the checkpoint store's.
 
@@ -290,7 +295,7 @@ class PackedStore:
 
     def parts(self, moe_layer: int, expert: int) -> int:
         """Into how many parts, read independently of each other, the expert is cut; one where blocks are checked."""
-        return 1 if self._check else max(1, min(4, round(self._layers[moe_layer].block_bytes / _PART_BYTES)))
+        return 1 if self._check else block_parts(self._layers[moe_layer].block_bytes)
 
     def read_part(self, moe_layer: int, expert: int, part: int, slot: np.ndarray, bounce: np.ndarray) -> int:
         """Read one part of a block to its place in ``slot`` (uint8, page-aligned); returns the bytes fetched.

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, use_experts_implementation
 
+from swapless.runtime.door.dequantize import check_quantization, dequantize_on_load
 from swapless.runtime.door.gates import common_gate
 from swapless.runtime.door.layout import ExpertParameter, Layout, MoeLayer
 from swapless.runtime.door.match import checkpoint_layout, is_experts
 from swapless.runtime.door.model import (
+    IMPLEMENTATION,
     experts_of,
     load_non_experts,
     model_class,
@@ -27,11 +29,14 @@ from swapless.runtime.door.packed import packed_layout
 __all__ = [
     "ALL_EXPERTS_FUNCTIONS",
     "DTYPES",
+    "IMPLEMENTATION",
     "ExpertParameter",
     "Layout",
     "MoeLayer",
+    "check_quantization",
     "checkpoint_layout",
     "common_gate",
+    "dequantize_on_load",
     "experts_of",
     "is_experts",
     "load_non_experts",
