@@ -1,18 +1,24 @@
-"""The learned predictor as an engine uses it, against its batch form."""
+"""Predictors as an engine uses them, token by token, against their batch form."""
 
 from __future__ import annotations
+
+import itertools
 
 import numpy as np
 import pytest
 
 from swapless.errors import UsageError
+from swapless.notation import NO_EXPERT
+from swapless.predict import PREDICTORS, make_predictor
 from swapless.predict.predictor import known_layers
 from swapless.predict.saved import load_predictor, save_predictor
 from swapless.predict.stream import Stream
+from swapless.predict.token_stream import STREAMS, open_stream
 from swapless.predict.transformer import Transformer
 from tests.predict.made import made_trace
 
 SMALL = {"width": 32, "hidden": 16, "step_hidden": 16, "window": 8, "heads": 2, "buckets": 64}
+LEADS = (1, 2, 3, 4, "token")
 
 
 @pytest.fixture(scope="module", params=["token", "token_id"])
@@ -25,25 +31,105 @@ def learned(request, tmp_path_factory):
     return load_predictor(path)
 
 
-def test_the_stream_says_what_the_batch_says(learned):
-    columns = {} if learned.fitted_.vocabulary == "token" else {"token": None, "token_id": np.arange(56) % 11}
+def unseen(vocabulary):
+    """A trace to follow, some of its words never seen, and its words."""
+    columns = {} if vocabulary == "token" else {"token": None, "token_id": np.arange(56) % 11}
     trace = made_trace(lengths=(21, 1, 34), seed=5, **columns)
-    words = trace.tokens if learned.fitted_.vocabulary == "token" else trace.token_id.tolist()
+    words = trace.tokens if vocabulary == "token" else trace.token_id.tolist()
     words[5] = words[30] = "never seen" if isinstance(words[0], str) else 99
-    trace = made_trace(lengths=(21, 1, 34), seed=5, **{**columns, learned.fitted_.vocabulary: words})
-    layers = trace.num_moe_layers
-    batch = {lead: learned.scores_batch(trace, lead) for lead in (1, 2, 3, 4, "token")}
-    stream, first = Stream(learned), True
-    for t in range(len(trace)):
-        if first or trace.document[t] != trace.document[t - 1]:
-            stream.begin_document()
-        first = False
-        said = [stream.begin_token(words[t])]
-        said += [stream.observe(layer, trace.expert_ids[t, layer]) for layer in range(layers)]
-        for lead, scores in batch.items():
-            for layer in range(layers):
+    return made_trace(lengths=(21, 1, 34), seed=5, **{**columns, vocabulary: words}), words
+
+
+def follow(stream, trace, words, rows):
+    """What the stream says of each row, before the token and after each MoE layer; ``rows`` of one document."""
+    for t in rows:
+        said = [stream.begin_token(words[t]).copy()]
+        said += [stream.observe(layer, trace.expert_ids[t, layer]).copy() for layer in range(trace.num_moe_layers)]
+        yield t, said
+
+
+def documents(trace):
+    return [range(start, end) for start, end in itertools.pairwise(trace.document_offsets.tolist())]
+
+
+def test_the_stream_says_what_the_batch_says(learned):
+    trace, words = unseen(learned.fitted_.vocabulary)
+    batch = {lead: learned.scores_batch(trace, lead) for lead in LEADS}
+    stream = Stream(learned)
+    for rows in documents(trace):
+        stream.begin_document()
+        for t, said in follow(stream, trace, words, rows):
+            for lead, scores in batch.items():
+                for layer in range(trace.num_moe_layers):
+                    known = known_layers(layer, lead)
+                    assert np.abs(said[known][layer - known] - scores[t, layer]).max() < 1e-5, (t, layer, lead)
+
+
+@pytest.mark.parametrize("kind", sorted(set(STREAMS.names()) - {"transformer"}))
+def test_so_do_those_of_the_plain_predictors(kind):
+    predictor = make_predictor(kind).fit(made_trace())
+    trace, words = unseen("token")
+    compared = 0
+    batch = {lead: predictor.scores_batch(trace, lead) for lead in LEADS}
+    stream = open_stream(predictor)
+    for rows in documents(trace):
+        stream.begin_document()
+        for t, said in follow(stream, trace, words, rows):
+            for layer, lead in itertools.product(range(trace.num_moe_layers), LEADS):
                 known = known_layers(layer, lead)
-                assert np.abs(said[known][layer - known] - scores[t, layer]).max() < 1e-5, (t, layer, lead)
+                # A stream takes the weights for the lead that there is; a batch those for the lead that was asked for.
+                if kind != "linear" or predictor.place_of(layer - known + 1) == predictor.place_of(lead):
+                    assert np.abs(said[known][layer - known] - batch[lead][t, layer]).max() < 1e-5, (t, layer, lead)
+                    compared += 1
+    assert compared > len(trace) * trace.num_moe_layers
+
+
+def streaming():
+    """Every kind that can follow a model, fitted."""
+    for kind in STREAMS.names():
+        options = {"sizes": SMALL, "epochs": 3, "batch_tokens": 32} if kind == "transformer" else {}
+        yield make_predictor(kind, **options).fit(made_trace())
+
+
+def test_taking_in_is_following_without_a_word():
+    trace, words = unseen("token")
+    *_, rows = documents(trace)
+    for predictor in streaming():
+        followed, told = open_stream(predictor), open_stream(predictor)
+        for _ in follow(followed, trace, words, rows[:-2]):
+            pass
+        # One token is followed, the rest comes in pieces, longer and shorter than the attention window.
+        for _ in follow(told, trace, words, rows[:1]):
+            pass
+        for part in (slice(rows[1], rows[24]), slice(rows[24], rows[-2])):
+            told.take_in(words[part], trace.expert_ids[part])
+        for (_, one), (_, other) in zip(follow(followed, trace, words, rows[-2:]), follow(told, trace, words, rows[-2:])):
+            for a, b in zip(one, other):
+                assert np.array_equal(a, b), predictor.name
+
+
+def test_siblings_do_not_disturb_each_other():
+    trace, words = unseen("token")
+    first, _, last = documents(trace)
+    for predictor in streaming():
+        alone = [list(follow(open_stream(predictor), trace, words, rows)) for rows in (first, last)]
+        stream = open_stream(predictor)
+        list(follow(stream, trace, words, first[:3]))  # the sibling of a stream in the middle of a document begins its own
+        other = stream.sibling()
+        stream.begin_document()
+        together = zip(follow(stream, trace, words, first), follow(other, trace, words, last))
+        for ours, theirs in zip(together, zip(*alone)):
+            for (_, found), (_, expected) in zip(ours, theirs):
+                assert all(np.array_equal(a, b) for a, b in zip(found, expected, strict=True)), predictor.name
+
+
+def test_only_the_next_layers_and_unknown_choices(learned):
+    _trace, words = unseen(learned.fitted_.vocabulary)
+    whole, few = Stream(learned), Stream(learned)
+    ids = np.array([3, NO_EXPERT])
+    assert np.array_equal(whole.begin_token(words[0])[:2], few.begin_token(words[0], 2))
+    assert np.array_equal(whole.observe(0, ids)[:1], few.observe(0, ids, 1))
+    assert few.observe(1, ids, 9).shape == (2, 8)
 
 
 def test_layers_out_of_order_are_refused(learned):
@@ -56,3 +142,12 @@ def test_layers_out_of_order_are_refused(learned):
     stream.observe(0, np.array([0, 1]))
     with pytest.raises(UsageError, match="in order"):
         stream.observe(0, np.array([0, 1]))
+
+
+@pytest.mark.parametrize("kind", ["eam", "expert_map", "paper"])
+def test_the_others_are_refused_with_the_names_of_those_that_can(kind):
+    assert kind in PREDICTORS.names()
+    options = {"epochs": 1, "width": 16, "depth": 1, "heads": 2} if kind == "paper" else {}
+    predictor = make_predictor(kind, **options).fit(made_trace(lengths=(9, 9)))
+    with pytest.raises(UsageError, match="linear, popularity, previous_token, token_prior, transformer"):
+        open_stream(predictor)

@@ -15,7 +15,7 @@ from swapless.predict.predictor import Fitted, Lead, Predictor, Progress, check_
 from swapless.predict.vocabulary import Vocabulary
 from swapless.trace import Trace
 
-_BLOCKS = (0, 3, 5)
+FED_BLOCKS = (0, 3, 5)
 """Of the shared features: the token's own prior, the choices of the token before, the fading sum at 0.85."""
 
 
@@ -59,7 +59,7 @@ class Linear(Predictor):
         leads = [lead for lead in self.leads if lead == "token" or lead <= layers]
         memory = TokenMemory.of(trace, Vocabulary.of(trace, kind), most_pairs=0)
         documents = Documents(trace, memory, words=1, buckets=1)
-        start = torch.zeros(len(leads), layers, (len(_BLOCKS) + 2) * experts, experts)
+        start = torch.zeros(len(leads), layers, (len(FED_BLOCKS) + 2) * experts, experts)
         start[:, :, :experts] = 1.8 * torch.eye(experts)
         bias = torch.logit(torch.from_numpy(memory.popularity).clamp(1e-4, 1 - 1e-4)).repeat(len(leads), 1, 1)[:, :, None]
         parameters = [start.requires_grad_(), bias.clone().requires_grad_()]
@@ -73,7 +73,7 @@ class Linear(Predictor):
             batch = documents.batch(pieces, own=True)
             rows = batch.blocks.shape[1]
             parts = batch.blocks.view(layers, rows, -1, experts)
-            fed = parts[:, :, list(_BLOCKS)].reshape(layers, rows, -1)
+            fed = parts[:, :, list(FED_BLOCKS)].reshape(layers, rows, -1)
             loss = torch.zeros(())
             for place, lead in enumerate(leads):
                 own = _own_layers(batch.chosen.numpy(), lead, 0)
@@ -93,26 +93,27 @@ class Linear(Predictor):
 
     def scores_batch(self, trace: Trace, lead: Lead) -> np.ndarray:
         """Probabilities."""
-        place = self._place(lead)
+        place = self.place_of(lead)
+        if place is None:
+            what = "The predictor was not fitted for so long a lead."
+            raise PredictorMismatchError(message(what, got=lead, allowed=self.fitted_.leads))
         layers, experts = self.memory_.popularity.shape
         words = self.memory_.vocabulary.encode(trace)
         scores = np.empty((len(trace), layers, experts), np.float32)
         for start, end in itertools.pairwise(trace.document_offsets.tolist()):
             inputs = self.memory_.inputs(trace.expert_ids[start:end], words[start:end])
             own = _own_layers(inputs.chosen, self.fitted_.leads[place], 1)
-            fed = np.concatenate([*inputs.blocks[list(_BLOCKS)], own[..., :experts], own[..., experts:]], axis=2)
+            fed = np.concatenate([*inputs.blocks[list(FED_BLOCKS)], own[..., :experts], own[..., experts:]], axis=2)
             logits = fed.transpose(1, 0, 2) @ self.weight_[place] + self.bias_[place]
             scores[start:end] = 1 / (1 + np.exp(-logits.transpose(1, 0, 2)))
         return scores
 
-    def _place(self, lead: Lead) -> int:
-        """Weights for a lead: the smallest fitted lead that sees no more."""
-        leads = self.require_fitted().leads
-        fitting = [(np.inf if own == "token" else own, place) for place, own in enumerate(leads)]
-        found = [pair for pair in fitting if pair[0] >= (np.inf if lead == "token" else lead)]
-        if not found:
-            raise PredictorMismatchError(message("The predictor was not fitted for so long a lead.", got=lead, allowed=leads))
-        return min(found)[1]
+    def place_of(self, lead: Lead) -> int | None:
+        """Weights for a lead, those of the smallest fitted lead that sees no more; None if it was fitted for none so long."""
+        far = float("inf")
+        least = far if lead == "token" else lead
+        reach = [far if own == "token" else own for own in self.require_fitted().leads]
+        return min((pair for pair in zip(reach, range(len(reach))) if pair[0] >= least), default=(far, None))[1]
 
     def state(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         """Counts, and weights in half precision."""
