@@ -8,11 +8,15 @@ import math
 import numpy as np
 import pytest
 
+from swapless.cache.capacity import pools_for
 from swapless.cache.devices import DeviceProfile, device_profile, device_profiles
+from swapless.cache.foresight import Foresight, clairvoyant
 from swapless.cache.replay import replay
 from swapless.cache.timeline import BlockTime, timeline
 from swapless.errors import DeviceProfileError, UnknownNameError, UsageError
+from swapless.trace import Trace
 from tests.cache.made import made_trace
+from tests.cache.timeline_twin import slow_timeline
 
 BLOCK = BlockTime(attention_s=2.0, shared_s=1.0, expert_s=0.5)
 
@@ -62,26 +66,98 @@ def test_reads_and_bytes_are_those_of_the_replay(trace):
     assert found.seconds >= (counted.requests - counted.hits) * 10 - 1e-6
 
 
+def foresight(trace, *, right=0.8, seed=0, **more):
+    """Levels of a predictor that is right more often the surer it is."""
+    rng = np.random.default_rng(seed)
+    hot = clairvoyant(trace, 1).levels > 0
+    levels = np.where(rng.random(hot.shape) < right, hot, rng.random(hot.shape) < 0.2) * rng.integers(1, 4, hot.shape)
+    return Foresight(predictor="made", levels=levels.astype(np.uint8), **{"lead": 1, **more})
+
+
+@pytest.mark.parametrize("figures", [{}, {"bytes_per_s": 8.0}, {"bytes_per_s": 0.5, "fixed_s": 0.3, "queue_depth": 2}], ids=str)
+@pytest.mark.parametrize(
+    "more",
+    [
+        None,
+        {},
+        {"right": 0.3},
+        {"lead": 2, "token_s": 0.7},
+        {"lead": "token", "width": 3, "staging_experts": 5},
+        {"right": 1.0, "lead": 3, "staging_experts": 1},
+        {"staging_experts": 0},
+    ],
+    ids=str,
+)
+def test_the_slow_twin_says_the_same(trace, figures, more):
+    given = None if more is None else foresight(trace, **more)
+    for kind, capacity in (("layer", 3), ("shared", 9)):
+        pools = pools_for(capacity, 3, 8, 2, kind)
+        found = timeline(trace, "lru", pools, device(**figures), block=BLOCK, expert_bytes=2, foresight=given).times
+        slow = slow_timeline(trace, pools, device(**figures), BLOCK, 2, given)
+        fast = zip(found.compute_s, found.stall_s, found.reads, found.useful, found.late, found.wasted)
+        for one, other in zip(fast, slow, strict=True):
+            assert one == pytest.approx(other, abs=1e-6)
+        assert (found.ahead == found.useful + found.late + found.wasted).all()
+
+
 def test_perfect_foresight_hides_what_idle_time_can_hide(trace):
-    known = np.zeros((len(trace), 3, 8), np.float32)
-    np.put_along_axis(known, trace.expert_ids.astype(np.int64), 1.0, axis=2)
     without = timeline(trace, "lru", 3, device(), block=BLOCK, expert_bytes=2)
-    ahead = timeline(trace, "lru", 3, device(), block=BLOCK, expert_bytes=2, predicted=known)
-    row = ahead.row()
-    assert ahead.seconds < without.seconds
-    assert row["prefetch_wasted"] == 0 and row["prefetch_useful"] > 0 and row["prefetch_late"] > 0
-    assert row["demand_reads"] + row["prefetch_reads"] == without.row()["demand_reads"]
-    # Overlap turns the sum of compute and reads into the larger of the two at best.
-    assert ahead.seconds > max(ahead.times.compute_s.sum(), row["bytes_moved_per_token"] * len(trace)) - 1e-6
-    assert without.seconds < 2 * ahead.seconds
+    for lead in (1, 2, "token"):
+        ahead = timeline(trace, "lru", 3, device(), block=BLOCK, expert_bytes=2, foresight=clairvoyant(trace, lead))
+        row = ahead.row()
+        assert ahead.seconds < without.seconds
+        assert row["prefetch_wasted"] == 0 and row["prefetch_useful"] > 0 and row["prefetch_late"] > 0
+        assert row["demand_reads"] + row["prefetch_reads"] == without.row()["demand_reads"]
+        # Overlap turns the sum of compute and reads into the larger of the two at best.
+        assert ahead.seconds > max(ahead.times.compute_s.sum(), row["bytes_moved_per_token"] * len(trace)) - 1e-6
+        assert without.seconds < 2 * ahead.seconds
 
 
-def test_bad_foresight_is_charged(trace):
-    wrong = np.ones((len(trace), 3, 8), np.float32)
-    np.put_along_axis(wrong, trace.expert_ids.astype(np.int64), 0.0, axis=2)
-    row = timeline(trace, "lru", 3, device(), block=BLOCK, expert_bytes=1, predicted=wrong).row()
-    assert row["prefetch_useful"] == row["prefetch_late"] == 0
-    assert row["prefetch_wasted"] == row["prefetch_reads"] > 0
+def test_bad_foresight_is_found_out_before_it_costs_anything(trace):
+    """Experts that are never chosen, foreseen with certainty: where the link is slow, none is ever read."""
+    wrong = np.where(clairvoyant(trace, 1).levels, 0, 255).astype(np.uint8)
+    given = Foresight(predictor="wrong", lead=1, levels=wrong)
+    row = timeline(trace, "lru", 3, device(), block=BLOCK, expert_bytes=8, foresight=given).row()
+    assert row["prefetch_reads"] == 0
+
+
+def test_a_read_ahead_begins_where_it_should_save_more_than_it_wastes(trace):
+    """One MoE layer ahead of an idle link, 1 s of it before the next demand read: p against the share left over, by hand."""
+    ids = np.tile(np.array([[[0, 1]]], np.int16), (200, 3, 1))
+    ids[::2, 1:] += 2  # every expert of the later layers is wanted every other token
+    half = Trace.from_arrays(trace.header, expert_ids=ids)
+    given = Foresight(predictor="half", lead=1, levels=np.full((200, 3, 8), 7, np.uint8), width=2)
+    block = BlockTime(attention_s=1.0, shared_s=0.0, expert_s=0.0)
+
+    def read_ahead(seconds):
+        # C = K: what is resident is what the last token chose, and what is wanted now is always among the six others.
+        found = timeline(half, "lru", 2, device(bytes_per_s=1 / seconds), block=block, expert_bytes=1, foresight=given)
+        return int(found.times.ahead[100:].sum())
+
+    # Six experts of each MoE layer are not resident; two of them are wanted in layers 1 and 2, none in layer 0: of 18, 4.
+    share = 4 / 18
+    assert read_ahead(1.0 / (1 - share) - 0.1) > 0
+    assert read_ahead(1.0 / (1 - share) + 0.1) == 0
+
+
+def test_what_predicting_takes_is_compute(trace):
+    plain = timeline(trace, "lru", 3, device(), block=BLOCK, expert_bytes=2)
+    idle = {"levels": np.zeros((len(trace), 3, 8), np.uint8), "predictor": "blank", "token_s": 0.6}
+    for lead, passes in ((1, 3), (2, 2), ("token", 1)):
+        given = Foresight(lead=lead, **idle)
+        assert given.passes() == passes
+        found = timeline(trace, "lru", 3, device(), block=BLOCK, expert_bytes=2, foresight=given)
+        assert found.times.compute_s.sum() == pytest.approx(plain.times.compute_s.sum() + 0.6 * len(trace))
+        assert plain.seconds < found.seconds <= plain.seconds + 0.6 * len(trace) + 1e-6
+        assert found.row()["predictor_s_per_token"] == 0.6
+
+
+def test_room_comes_out_of_the_slots():
+    pools, taken = pools_for(0.5, 3, 8, 2).less(4, 2)
+    assert (pools.pool_slots, taken, pools.capacity_experts) == ([3, 3, 2], 4, 4)
+    assert pools_for(3, 3, 8, 2).less(10, 2)[1] == 3  # K a layer stay
+    pools, taken = pools_for(9, 3, 8, 2, "shared").less(4, 2)
+    assert (pools.pool_slots, taken) == ([5], 4)
 
 
 def test_every_profile_has_a_source():
@@ -99,10 +175,12 @@ def test_a_profile_that_cannot_be_is_refused(figures):
 
 
 def test_wrong_arguments_are_refused(trace):
-    with pytest.raises(UsageError, match="shape"):
-        timeline(trace, "lru", 3, device(), predicted=np.zeros((1, 3, 8), np.float32))
-    with pytest.raises(UsageError, match="at least 1"):
-        timeline(trace, "lru", 3, device(), lead=0)
+    for levels in (np.zeros((1, 3, 8), np.uint8), np.zeros((len(trace), 3, 8), np.float32)):
+        with pytest.raises(UsageError, match="shape or type"):
+            timeline(trace, "lru", 3, device(), foresight=Foresight(predictor="made", lead=1, levels=levels))
+    for wrong in ({"lead": 0}, {"width": 0}, {"staging_experts": -1}, {"token_s": -1.0}):
+        with pytest.raises(UsageError, match=f"{next(iter(wrong))} .* at least"):
+            foresight(trace, **wrong)
     for name in ("expert_s", "landing_s"):
         with pytest.raises(UsageError, match="at least 0"):
             BlockTime(**{name: -1.0})

@@ -26,16 +26,22 @@ class Costs(NamedTuple):
 
 
 class Ahead(NamedTuple):
-    """What was read ahead. ``scores`` float32 (rows, L, E) or (0, 0, 0); ``lead`` and ``width`` int64 (1,).
+    """Reading ahead. ``levels`` uint8 (rows, L, E) how likely each expert is, or (0, 0, 0); ``lead``, ``width`` int64 (1,);
+    ``pass_s`` float64 (1,) seconds of one prediction.
 
-    ``wanted`` int64 (n,) a queue of keys, from place ``ends[0]`` to ``ends[1]``, int64 (2,). ``staged``
-    int64 (slots,) keys or -1, ``lands`` float64 (slots,) when each is there.
+    ``asked``, ``used`` int64 (256,): of each level, experts that were not resident when their MoE layer came, and those of
+    them that it used. ``queue`` int64 (n,) keys and ``queued`` uint8 (n,) their levels, from place ``ends[0]`` to ``ends[1]``,
+    int64 (2,). ``staged`` int64 (slots,) keys or -1, ``lands`` float64 (slots,) when each is there.
     """
 
-    scores: np.ndarray
+    levels: np.ndarray
     lead: np.ndarray
     width: np.ndarray
-    wanted: np.ndarray
+    pass_s: np.ndarray
+    asked: np.ndarray
+    used: np.ndarray
+    queue: np.ndarray
+    queued: np.ndarray
     ends: np.ndarray
     staged: np.ndarray
     lands: np.ndarray
@@ -56,49 +62,74 @@ class Times(NamedTuple):
 
 
 @compiled_apart
-def _want(row_scores: Any, num_experts: int, moe_layer: int, slot_of_key: Any, ahead: Any) -> None:
-    """Queue the ``width`` likeliest experts of a MoE layer that are neither resident nor staged."""
-    for _ in range(ahead.width[0]):
-        best = -1
-        for expert in range(num_experts):
-            key = moe_layer * num_experts + expert
-            score = row_scores[moe_layer, expert]
-            if slot_of_key[key] < 0 and score > 0.0 and (best < 0 or score > row_scores[moe_layer, best]):
-                known = False
-                for place in range(ahead.ends[0], ahead.ends[1]):
-                    known = known or ahead.wanted[place] == key
-                for place in range(ahead.staged.size):
-                    known = known or ahead.staged[place] == key
-                if not known:
-                    best = expert
-        if best < 0 or ahead.ends[1] == ahead.wanted.size:
-            return
-        ahead.wanted[ahead.ends[1]] = moe_layer * num_experts + best
-        ahead.ends[1] += 1
+def _want(levels: Any, num_experts: int, moe_layer: int, slot_of_key: Any, ahead: Any) -> None:
+    """Queue the ``width`` likeliest experts of a MoE layer that are not resident, the likeliest first."""
+    first = end = ahead.ends[1]
+    for expert in range(num_experts):
+        key = moe_layer * num_experts + expert
+        level = levels[moe_layer, expert]
+        if level == 0 or slot_of_key[key] >= 0:
+            continue
+        place = end
+        while place > first and ahead.queued[place - 1] < level:
+            place -= 1
+        if place - first == ahead.width[0]:
+            continue
+        end = min(end + 1, first + ahead.width[0])
+        for behind in range(end - 1, place, -1):
+            ahead.queue[behind] = ahead.queue[behind - 1]
+            ahead.queued[behind] = ahead.queued[behind - 1]
+        ahead.queue[place] = key
+        ahead.queued[place] = level
+    ahead.ends[1] = end
 
 
 @compiled_apart
-def _read_ahead(now: float, until: float, link: float, moe_layer: int, num_experts: int, costs: Any, ahead: Any) -> float:
-    """Use the idle link from ``now`` to ``until`` for what is wanted, ending what was begun. Returns when it is free."""
-    while ahead.ends[0] < ahead.ends[1]:
-        key = ahead.wanted[ahead.ends[0]]
-        start = max(link, now)
-        if key // num_experts < moe_layer:  # gone past already
-            ahead.ends[0] += 1
-            continue
-        if start >= until:
-            break
-        free = -1
+def _learn(levels: Any, num_experts: int, moe_layer: int, experts: Any, slot_of_key: Any, ahead: Any) -> None:
+    """Before a demand set is served: what each level of its MoE layer came to, of the experts that are not resident."""
+    base = moe_layer * num_experts
+    for expert in range(num_experts):
+        if slot_of_key[base + expert] < 0:
+            ahead.asked[levels[moe_layer, expert]] += 1
+    for i in range(len(experts)):
+        if slot_of_key[base + experts[i]] < 0:
+            ahead.used[levels[moe_layer, experts[i]]] += 1
+
+
+@compiled_apart
+def _read_ahead(now: float, demand: float, link: float, moe_layer: int, num_experts: int, costs: Any, ahead: Any) -> float:
+    """Use the idle link from ``now`` for what is foreseen from ``moe_layer`` on; ends what it begins. Returns when it is free.
+
+    ``demand`` is when the next demand read may come. A read that begins before it saves the part until then if it is wanted,
+    and costs the rest, by which it holds demand reads up, if it is not. It is begun if the first, times its chance, is more.
+    """
+    read = costs.fixed_s + costs.transfer_s
+    while ahead.ends[0] < ahead.ends[1] and ahead.queue[ahead.ends[0]] < moe_layer * num_experts:
+        ahead.ends[0] += 1  # gone past already
+    start = max(link, now)
+    while start < demand:
+        free = best = -1
         for place in range(ahead.staged.size):
             if ahead.staged[place] < 0:
                 free = place
                 break
-        if free < 0:
+        for place in range(ahead.ends[0], ahead.ends[1]):
+            if best < 0 or ahead.queued[place] > ahead.queued[best]:
+                best = place
+        if free < 0 or best < 0:
             break
-        ahead.ends[0] += 1
-        link = start + costs.fixed_s + costs.transfer_s
-        ahead.staged[free] = key
+        level = ahead.queued[best]
+        chance = ahead.used[level] / (ahead.asked[level] + 1.0)
+        early = min(read, demand - start)
+        if chance * early <= (1.0 - chance) * (read - early):
+            break
+        link = start = start + read
+        ahead.staged[free] = ahead.queue[best]
         ahead.lands[free] = link
+        ahead.ends[1] -= 1
+        for place in range(best, ahead.ends[1]):
+            ahead.queue[place] = ahead.queue[place + 1]
+            ahead.queued[place] = ahead.queued[place + 1]
     return link
 
 
@@ -135,21 +166,25 @@ def timeline_calls(
             on_document(state, residency)
         begun = now
         compute = 0.0
-        foresee = ahead.scores.shape[0] > 0 and starts[c + 1] - starts[c] == 1
-        ahead.ends[0] = 0
-        ahead.ends[1] = 0
+        foresee = ahead.levels.shape[0] > 0 and starts[c + 1] - starts[c] == 1
+        row = rows[starts[c]]
+        if foresee:
+            ahead.ends[0] = 0
+            ahead.ends[1] = 0
+            compute += ahead.pass_s[0]
+            now += ahead.pass_s[0]
+            for target in range(min(layers, ahead.lead[0])):
+                _want(ahead.levels[row], num_experts, target, residency.slot_of_key, ahead)
+            link = _read_ahead(now, now + costs.attention_s, link, 0, num_experts, costs, ahead)
         for moe_layer in range(layers):
-            if foresee:
-                if moe_layer == 0:
-                    for target in range(min(layers, ahead.lead[0])):
-                        _want(ahead.scores[rows[starts[c]]], num_experts, target, residency.slot_of_key, ahead)
-                link = _read_ahead(now, now + costs.attention_s, link, moe_layer, num_experts, costs, ahead)
             now += costs.attention_s
             if scores.shape[0] > 0:
                 for i in range(starts[c], starts[c + 1]):
                     on_scores(state, residency, moe_layer, scores[i - starts[first_call], moe_layer])
             n = gather(ids, moe_layer, rows, starts[c], starts[c + 1], num_experts, b)
             experts = b.experts[:n]
+            if foresee:
+                _learn(ahead.levels[row], num_experts, moe_layer, experts, residency.slot_of_key, ahead)
             serve(state, residency, moe_layer, num_experts, experts, np.int64(phase[c]), b.hit, b.slot, b.wave)
             base = moe_layer * num_experts
             misses = 0
@@ -189,7 +224,9 @@ def timeline_calls(
                     ahead.staged[place] = -1
                     times.wasted[c] += 1
                     times.ahead[c] += 1
-            busy = now + costs.shared_s + hits * costs.expert_s
+            target = moe_layer + ahead.lead[0]  # a prediction for it may use the routing of this MoE layer
+            predicting = ahead.pass_s[0] if foresee and target < layers else 0.0
+            busy = now + predicting + costs.shared_s + hits * costs.expert_s
             for i in range(misses):
                 soonest = i
                 for j in range(i + 1, misses):
@@ -199,10 +236,11 @@ def timeline_calls(
                 landed[soonest] = landed[i]
                 landed[i] = there
                 busy = max(busy, there) + costs.landing_s + costs.expert_s
-            if foresee:
-                if moe_layer + ahead.lead[0] < layers:  # such a prediction may use the routing of this MoE layer
-                    _want(ahead.scores[rows[starts[c]]], num_experts, moe_layer + ahead.lead[0], residency.slot_of_key, ahead)
-                link = _read_ahead(now, busy, link, moe_layer + 1, num_experts, costs, ahead)
+            if foresee and moe_layer + 1 < layers:
+                if target < layers:
+                    _want(ahead.levels[row], num_experts, target, residency.slot_of_key, ahead)
+                link = _read_ahead(now + predicting, busy + costs.attention_s, link, moe_layer + 1, num_experts, costs, ahead)
+            compute += predicting
             compute += costs.attention_s + costs.shared_s + n * costs.expert_s
             now = busy
         times.compute_s[c] = compute

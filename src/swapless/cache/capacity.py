@@ -19,6 +19,18 @@ class Pools(NamedTuple):
     capacity_experts: int
     capacity_fraction: float
 
+    def less(self, experts: int, top_k: int) -> tuple[Pools, int]:
+        """The same capacity with room for ``experts`` experts taken out of its slots, evenly; and how much there was to take.
+
+        Every MoE layer (or a shared pool as a whole) keeps ``top_k`` slots. The capacity that the pools name stays: it is
+        what memory holds in all.
+        """
+        slots = sum(self.pool_slots)
+        least = top_k * (1 if self.kind == "shared" else len(self.pool_of_layer))
+        taken = max(0, min(experts, slots - least))
+        quota, left = divmod(slots - taken, len(self.pool_slots))
+        return self._replace(pool_slots=[quota + (place < left) for place in range(len(self.pool_slots))]), taken
+
 
 def pools_for(capacity: float | int, num_moe_layers: int, num_experts: int, top_k: int, kind: PoolKind = "layer") -> Pools:
     """Pools of one replay.

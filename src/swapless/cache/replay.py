@@ -147,7 +147,7 @@ def default_expert_bytes(trace: Trace, bits: float = 16) -> int | None:
 def replay(
     trace: Trace,
     policy: str | Policy = "lru",
-    capacity: float | int = 0.25,
+    capacity: float | int | Pools = 0.25,
     *,
     pool: PoolKind = "layer",
     request_model: RequestModel = "token",
@@ -165,8 +165,8 @@ def replay(
         Rows that share a ``step`` are one forward call; without steps each row is one, served as decode.
     policy : str or Policy
         A registered name, or a policy object (the engine's own, for instance); it is left as it was.
-    capacity : float or int
-        See :func:`~swapless.cache.capacity.pools_for`.
+    capacity : float, int or Pools
+        See :func:`~swapless.cache.capacity.pools_for`; or what it gave.
     pool : {"layer", "shared", "floor"}
         As there.
     request_model : {"token", "single"}
@@ -260,7 +260,7 @@ class Setup:
 def prepare(
     trace: Trace,
     policy: str | Policy,
-    capacity: float | int,
+    capacity: float | int | Pools,
     *,
     pool: PoolKind = "layer",
     request_model: RequestModel = "token",
@@ -285,10 +285,11 @@ def prepare(
         what, step = f"The policy {chosen.name!r} needs the column router_scores.", "Record with `swapless record --scores`."
         raise TraceFormatError(message(what, got="a trace without", step=step))
     plan = schedule(trace, interleave=interleave)
+    shape = (trace.num_moe_layers, trace.num_experts, trace.top_k)
     return Setup(
         trace=trace,
         policy=chosen,
-        pools=pools_for(capacity, trace.num_moe_layers, trace.num_experts, trace.top_k, pool),
+        pools=capacity if isinstance(capacity, Pools) else pools_for(capacity, *shape, pool),
         plan=plan,
         resets=np.flatnonzero(plan.begins) if state == "reset" else np.zeros(1, np.int64),
         single=request_model == "single",

@@ -7,10 +7,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from swapless.cache.capacity import PoolKind
+from swapless.cache.capacity import PoolKind, pools_for
 from swapless.cache.devices import DeviceProfile
+from swapless.cache.foresight import Foresight
 from swapless.cache.replay import RequestModel, replay
 from swapless.cache.timeline import BlockTime, timeline
+from swapless.errors import UsageError
 from swapless.trace import Trace
 
 OPTIMUM = "belady_bypass"
@@ -38,15 +40,20 @@ def sweep(
     capacities: Sequence[float | int],
     conditions: Conditions,
     *,
+    foresight: Foresight | None = None,
     jobs: int | None = None,
     advance: Callable[[float], None] | None = None,
 ) -> list[dict[str, Any]]:
-    """One row for each policy and capacity, in that order.
+    """One row for each policy and capacity, in that order; with a foresight each is followed by the one that reads ahead.
+
+    Both hold the same memory: the room for what is read ahead is taken out of the cache.
 
     Parameters
     ----------
     trace, policies, capacities, conditions
         What to replay.
+    foresight : Foresight, optional
+        Of this trace; needs a device.
     jobs : int, optional
         Processes; by default one a core, and this one alone for little work.
     advance : callable, optional
@@ -56,7 +63,8 @@ def sweep(
     -------
     list of dict
         Rows of :meth:`~swapless.cache.replay.Replay.row`; with a device also those of the timeline and the floor: the
-        larger of compute and the optimum's bytes over the bandwidth.
+        larger of compute and the optimum's bytes over the bandwidth; and of a row that reads ahead its speed and bytes over
+        those of the row before it.
 
     Raises
     ------
@@ -78,8 +86,11 @@ def sweep(
                 state=conditions.state,
                 interleave=1 if trace.step is None else conditions.interleave,
             )
-    asked = [(policy, capacity) for policy in policies for capacity in capacities]
-    extra = [] if conditions.device is None or OPTIMUM in policies else [(OPTIMUM, capacity) for capacity in capacities]
+    if foresight is not None and conditions.device is None:
+        raise UsageError("Reading ahead takes time on a device: name one, as 'NVMe Gen4' (--device).")
+    ways = (None,) if foresight is None else (None, foresight.check(trace))
+    asked = [(policy, capacity, way) for policy in policies for capacity in capacities for way in ways]
+    extra = [] if conditions.device is None or OPTIMUM in policies else [(OPTIMUM, capacity, None) for capacity in capacities]
     work = asked + extra
     small = replace(trace, token=None, token_id=None, gate_weights=None)  # what processes need, and no more
     enough = trace.expert_ids.size * len(work) >= _WORTH_A_PROCESS
@@ -91,23 +102,31 @@ def sweep(
         if advance is not None:
             advance(len(rows) / len(work))
     if conditions.device is not None:
-        best = {work[i][1]: row for i, row in rows.items() if work[i][0] == OPTIMUM}
-        for number, (_, capacity) in enumerate(asked):
-            row = rows[number]
+        best = {work[i][1]: row for i, row in rows.items() if work[i][0] == OPTIMUM and work[i][2] is None}
+        for number, (_, capacity, way) in enumerate(asked):
+            row, without = rows[number], rows[number - 1] if way else None
             link = best[capacity]["bytes_read_per_token"] / conditions.device.bytes_per_s
             row["floor_s_per_token"] = max(row["compute_s_per_token"], link)
+            for name in ("tokens_per_s", "bytes_moved_per_token"):
+                row[f"{name}_ratio"] = row[name] / without[name] if without and row[name] and without[name] else None
     return [rows[number] for number in range(len(asked))]
 
 
 def _numbered(
-    number: int, trace: Trace, policy: str, capacity: float | int, conditions: Conditions
+    number: int, trace: Trace, policy: str, capacity: float | int, foresight: Foresight | None, conditions: Conditions
 ) -> tuple[int, dict[str, Any]]:
     """One row, as a process of its own computes it."""
     options: dict[str, Any] = {
         name: getattr(conditions, name) for name in ("pool", "state", "interleave", "warmup_tokens", "expert_bytes")
     }
-    found = replay(trace, policy, capacity, request_model=conditions.request_model, **options)
+    top_k, staging = trace.top_k, 0
+    pools = pools_for(capacity, trace.num_moe_layers, trace.num_experts, top_k, conditions.pool)
+    if foresight is not None:
+        pools, staging = pools.less(foresight.room(top_k), top_k)
+        foresight = replace(foresight, staging_experts=staging)
+    found = replay(trace, policy, pools, request_model=conditions.request_model, **options)
     row: dict[str, Any] = {**found.row(), "tokens_per_s": None}
     if conditions.device is not None:
-        row |= timeline(trace, policy, capacity, conditions.device, block=conditions.block, **options).row()
+        timed = timeline(trace, policy, pools, conditions.device, block=conditions.block, foresight=foresight, **options)
+        row |= {**timed.row(), "staging_experts": staging}
     return number, row

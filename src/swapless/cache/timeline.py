@@ -1,10 +1,15 @@
 """Time on a device: what the misses of a policy cost when every byte is charged and compute runs beside the reads.
 
 Per block: attention and the router run, the distinct experts are known, all misses are issued at once, the shared expert and
-the residents are computed while they stream, and each miss is computed as it lands. Reads for what a predictor foresees use
-the link only while no demand read wants it, cannot be interrupted, and land in a staging area of their own beside the cache,
-so that they never evict anything. A read ahead is *useful* if it is there when asked for, *late* if it is still under way,
-else *wasted*.
+the residents are computed while they stream, and each miss is computed as it lands.
+
+Reads for what a predictor foresees land in a staging area beside the cache, so that they never evict anything, and begin only
+while the link is idle. They cannot be interrupted, so one may hold up the demand reads that come next. It is begun if it is
+expected to save more than it wastes: p times the part of it that fits before the next demand read can come, against 1 - p times
+the rest. p is not the predictor's own word but what such a word came to so far: of all experts that were foreseen as this
+likely and were not resident, the share that was used. That is known whether or not they were read, and so costs no trials; it
+makes any score a probability, for this cache and policy. A read ahead is *useful* if it is there when asked for, *late* if it
+is still under way, else *wasted*.
 """
 
 from __future__ import annotations
@@ -18,6 +23,7 @@ import numpy as np
 from swapless.cache._timeline import Ahead, Costs, Times, timeline_calls
 from swapless.cache.capacity import PoolKind, Pools
 from swapless.cache.devices import DeviceProfile
+from swapless.cache.foresight import LEVELS, Foresight
 from swapless.cache.policy import Policy
 from swapless.cache.replay import default_expert_bytes, prepare
 from swapless.errors import UsageError, message
@@ -73,6 +79,8 @@ class Timeline:
         Of each call.
     expert_bytes : int
         Size of one expert.
+    foresight : Foresight or None
+        What reads were made ahead by.
     """
 
     policy: str
@@ -82,6 +90,7 @@ class Timeline:
     tokens_of_call: np.ndarray
     times: Times
     expert_bytes: int
+    foresight: Foresight | None = None
 
     def _sum(self, name: str) -> Any:
         return getattr(self.times, name)[self.measured].sum()
@@ -112,6 +121,9 @@ class Timeline:
             "stall_s_per_token": float(self._sum("stall_s")) / tokens,
             "bytes_moved_per_token": (reads + ahead) * self.expert_bytes / tokens,
             "demand_reads": reads,
+            "prefetch": None if self.foresight is None else self.foresight.predictor,
+            "lead": None if self.foresight is None else self.foresight.lead,
+            "predictor_s_per_token": None if self.foresight is None else self.foresight.token_s,
             "prefetch_reads": ahead,
             "prefetch_useful": int(self._sum("useful")),
             "prefetch_late": int(self._sum("late")),
@@ -122,7 +134,7 @@ class Timeline:
 def timeline(
     trace: Trace,
     policy: str | Policy,
-    capacity: float | int,
+    capacity: float | int | Pools,
     device: DeviceProfile,
     *,
     block: BlockTime | None = None,
@@ -131,10 +143,7 @@ def timeline(
     interleave: int = 1,
     warmup_tokens: int = 0,
     expert_bytes: int | None = None,
-    predicted: np.ndarray | None = None,
-    lead: int = 1,
-    width: int | None = None,
-    staging_experts: int | None = None,
+    foresight: Foresight | None = None,
     advance: Callable[[float], None] | None = None,
 ) -> Timeline:
     """Time every forward call of ``trace`` on ``device``.
@@ -147,16 +156,8 @@ def timeline(
         Where the experts come from.
     block : BlockTime, optional
         What computing takes.
-    predicted : float32 ndarray of shape (T, L, E), optional
-        A predictor's scores for the rows of the trace, made with the same ``lead``; an expert with a score of 0 or less is
-        never read ahead. Only forward calls of one row read ahead.
-    lead : int
-        MoE layers between the moment of the prediction and its use, at least 1. The first ``lead`` are foreseen as the token
-        begins.
-    width : int, optional
-        Experts foreseen a MoE layer, by default K.
-    staging_experts : int, optional
-        Room for what was read ahead, by default 2 K; memory beside the cache.
+    foresight : Foresight, optional
+        Read ahead by this. Its staging area is memory beside the cache. Only forward calls of one row read ahead.
 
     Returns
     -------
@@ -172,22 +173,17 @@ def timeline(
     if size is None or size < 1:
         step = "Give expert_bytes, or a trace whose header has hidden_size and moe_intermediate_size."
         raise UsageError(message("The size of an expert is unknown.", got=size, step=step))
-    if predicted is not None and predicted.shape != (len(trace), trace.num_moe_layers, trace.num_experts):
-        wanted = f"(T, L, E) = {(len(trace), trace.num_moe_layers, trace.num_experts)}"
-        raise UsageError(message("predicted has the wrong shape.", got=predicted.shape, allowed=wanted))
-    width, room = trace.top_k if width is None else width, 2 * trace.top_k if staging_experts is None else staging_experts
-    if lead < 1 or width < 1 or room < 1:
-        what = "lead, width and staging_experts must be at least 1."
-        raise UsageError(message(what, got=f"lead={lead}, width={width}, staging_experts={room}"))
+    if foresight is None:
+        seen = Foresight(predictor="none", lead=1, levels=np.zeros((0, 0, 0), np.uint8), staging_experts=0)
+    else:
+        seen = foresight.check(trace)
     setup = prepare(trace, policy, capacity, pool=pool, state=state, interleave=interleave)
     calls, block = len(setup.plan.phase), block or BlockTime()
     costs = Costs(
         *(size / device.bytes_per_s, device.fixed_s, device.queue_depth),
         *(block.attention_s, block.shared_s, block.expert_s, block.landing_s),
     )
-    scores = np.zeros((0, 0, 0), np.float32) if predicted is None else np.ascontiguousarray(predicted, np.float32)
-    one = (np.array([lead], np.int64), np.array([width], np.int64), np.zeros(trace.num_moe_layers * width, np.int64))
-    ahead = Ahead(scores, *one, np.zeros(2, np.int64), np.full(0 if predicted is None else room, -1, np.int64), np.zeros(room))
+    ahead = _ahead(seen, trace)
     times = Times(*(np.zeros(calls, np.float64) for _ in range(3)), *(np.zeros(calls, np.int64) for _ in range(5)))
     landed, clock = np.zeros(trace.num_experts), np.zeros(2)
     for piece in setup.pieces():
@@ -202,4 +198,23 @@ def timeline(
         tokens_of_call=np.diff(setup.plan.starts),
         times=times,
         expert_bytes=size,
+        foresight=foresight,
+    )
+
+
+def _ahead(foresight: Foresight, trace: Trace) -> Ahead:
+    """State of reading ahead, before the first token."""
+    width, room = foresight.width or trace.top_k, foresight.room(trace.top_k)
+    return Ahead(
+        levels=np.ascontiguousarray(foresight.levels),
+        lead=np.array([foresight.lead_layers()]),
+        width=np.array([width]),
+        pass_s=np.array([foresight.token_s / foresight.passes()]),
+        asked=np.zeros(LEVELS, np.int64),
+        used=np.zeros(LEVELS, np.int64),
+        queue=np.zeros(trace.num_moe_layers * width, np.int64),
+        queued=np.zeros(trace.num_moe_layers * width, np.uint8),
+        ends=np.zeros(2, np.int64),
+        staged=np.full(room, -1, np.int64),
+        lands=np.zeros(room),
     )

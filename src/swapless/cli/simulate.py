@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from swapless.cli._options import Json, Quiet, exclusive, folder_of_page
 from swapless.cli._trace_options import Documents, chosen_trace
 from swapless.cli.out import Out
+
+if TYPE_CHECKING:
+    from swapless.cli._foresight import Prefetch
 
 __all__ = ["simulate"]
 
@@ -30,6 +33,16 @@ def simulate(
     interleave: Annotated[int, typer.Option(metavar="N", help="Documents that take turns.")] = 1,
     warmup: Annotated[int, typer.Option(metavar="TOKENS", min=0, help="Tokens not counted at the start.")] = 0,
     device: Annotated[str | None, typer.Option(metavar="NAME", help="Time the reads on this device, as 'NVMe Gen4'.")] = None,
+    prefetch: Annotated[
+        str | None,
+        typer.Option(metavar="P", help="Read ahead by a predictor's file, or by 'clairvoyant', the bound."),
+    ] = None,
+    lead: Annotated[
+        str | None, typer.Option(metavar="N", help="MoE layers between prediction and use, or token.", show_default="1")
+    ] = None,
+    predictor_ms: Annotated[
+        float | None, typer.Option(metavar="MS", min=0, help="What predicting takes a token.", show_default="0")
+    ] = None,
     documents: Documents = None,
     protocol: Annotated[str | None, typer.Option(metavar="NAME", help="A published protocol instead: moe-beyond.")] = None,
     predictions: Annotated[Path | None, typer.Option(metavar="DIR", help="Its predictions, a CSV file a text.")] = None,
@@ -41,6 +54,7 @@ def simulate(
     from swapless.errors import UsageError
 
     exclusive(json=json, html=html)
+    exclusive(protocol=protocol, prefetch=prefetch)
     out = Out(as_json=json, quiet=quiet)
     folder_of_page(html)
     sizes = _capacities(capacity)
@@ -56,20 +70,38 @@ def simulate(
     from swapless.cache.sweep import Conditions, sweep
 
     profile = None if device is None else device_profile(device)
+    ahead = _ahead(prefetch, lead, predictor_ms, device)
     conditions: Any = {"pool": pool, "state": state, "request_model": request_model, "interleave": interleave}
     with out.progress() as progress:
         progress("reading", 0.0)
         chosen = chosen_trace(trace, documents=documents)
         names = [name.strip() for name in policy.split(",")]
         shared = Conditions(**conditions, warmup_tokens=warmup, device=profile)
-        rows = sweep(chosen, names, sizes, shared, advance=lambda done: progress("replaying", done))
+        seen = None if ahead is None else ahead.of(chosen, progress, out.note)
+        rows = sweep(chosen, names, sizes, shared, foresight=seen, advance=lambda done: progress("replaying", done))
     out.document(rows)
-    _print(out, rows, "tokens_per_s")
+    if ahead is None:
+        _print(out, rows, "tokens_per_s")
+    else:
+        _print_ahead(out, rows)
     if html is not None:
         from swapless.report.simulate import write_page
 
         write_page(html, rows, name=chosen.header.model_id or trace.name)
         out.note(f"Wrote {html}.")
+
+
+def _ahead(prefetch: str | None, lead: str | None, predictor_ms: float | None, device: str | None) -> Prefetch | None:
+    from swapless.cli._foresight import Prefetch
+    from swapless.errors import UsageError
+
+    if prefetch is None:
+        if lead is not None or predictor_ms is not None:
+            raise UsageError("--lead and --predictor-ms say how to read ahead: give --prefetch P too.")
+        return None
+    if device is None:
+        raise UsageError("Reading ahead takes time on a device: give --device NAME too, as 'NVMe Gen4'.")
+    return Prefetch(prefetch, lead or "1", (predictor_ms or 0.0) / 1e3)
 
 
 def _capacities(text: str) -> list[float | int]:
@@ -121,3 +153,27 @@ def _print(out: Out, rows: list[dict[str, Any]], last: str) -> None:
             ]
         )
     out.table(columns, table)
+
+
+def _print_ahead(out: Out, rows: list[dict[str, Any]]) -> None:
+    """Two lines a policy and capacity, of the same memory: without and with reading ahead."""
+    columns = ["policy", "experts", "reads ahead by", "GB a token", "stall ms", "tokens per s", "useful", "late", "wasted"]
+    from swapless.report.prefetch import losses
+
+    table = []
+    for row in rows:
+        counts = [f"{row[f'prefetch_{name}']:,}" if row["prefetch"] else "-" for name in ("useful", "late", "wasted")]
+        table.append(
+            [
+                row["policy"],
+                f"{row['capacity_experts']} ({row['capacity_fraction']:.0%})",
+                f"{row['prefetch']}, lead {row['lead']}" if row["prefetch"] else "-",
+                f"{row['bytes_moved_per_token'] / 1e9:.3f}",
+                f"{row['stall_s_per_token'] * 1e3:.1f}",
+                "-" if row["tokens_per_s"] is None else f"{row['tokens_per_s']:.2f}",
+                *counts,
+            ]
+        )
+    out.table(columns, table)
+    for sentence in losses(rows):
+        out.text(sentence)

@@ -7,7 +7,7 @@ predictor that declares ``causal = False`` is measured without that check, and i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -99,6 +99,55 @@ def evaluate(
             tally.add(scores[kept], chosen[kept], piece.position[kept], piece.domain[kept])
         rows += tally.rows(shown, predictor=predictor.name, causal=predictor.causal, lead=lead)
     return rows
+
+
+def scores_of(
+    predictor: Predictor,
+    trace: Trace,
+    lead: Lead,
+    *,
+    piece_tokens: int = 4096,
+    seed: int = 0,
+    progress: Progress = quiet,
+    warn: Callable[[str], None] | None = None,
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Scores for whoever acts on them, from predictors that keep to the cut only.
+
+    Parameters
+    ----------
+    predictor, trace, piece_tokens, seed, progress, warn
+        As :func:`evaluate` takes them.
+    lead : int or "token"
+        The cut.
+
+    Yields
+    ------
+    tuple of ndarray
+        Numbers of rows of ``trace`` (n,), and their scores float32 (n, L, E), whole documents at a time.
+
+    Raises
+    ------
+    PredictorError
+        The predictor looks beyond the cut, whether it says so or not.
+    PredictorMismatchError, NotFittedError, UsageError
+        As :func:`evaluate`.
+    """
+    if not predictor.causal:
+        what = f"The predictor {predictor.name!r} knows the future, so nothing may be read ahead by it."
+        raise PredictorError(message(what, step="Use one that keeps to the cut; the bound is 'clairvoyant'."))
+    sentence = predictor.require_fitted().check(trace)
+    if sentence is not None and warn is not None:
+        warn(sentence)
+    lead = check_lead(lead, trace.num_moe_layers)
+    _, first, inverse = np.unique(trace.document, return_index=True, return_inverse=True)
+    order = np.argsort(first[inverse], kind="stable")  # rows of the trace as ``grouped`` puts them
+    done = 0
+    for piece in trace.pieces(max_tokens=piece_tokens):
+        if not done:
+            check_cut(predictor, piece, lead, points=CHECKS, seed=seed)
+        progress(f"{predictor.name}, lead {lead}", done / len(trace))
+        yield order[done : done + len(piece)], predictor.scores_batch(piece, lead)
+        done += len(piece)
 
 
 def _widths(widths: Sequence[int] | None, trace: Trace) -> list[int]:

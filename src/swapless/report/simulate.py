@@ -10,6 +10,7 @@ from typing import Any
 
 from swapless.manifest import write_whole
 from swapless.report.figures import GREY, Chart, layout, line, with_legend
+from swapless.report.prefetch import losses, prefetch_chart, series
 
 _COLOURS = ("#2563eb", "#d97706", "#059669", "#7c3aed", "#db2777", "#0891b2", "#65a30d", "#ea580c", "#4f46e5", "#b91c1c")
 _OPTIMA = {"belady": "Belady (optimum)", "belady_bypass": "Belady with bypass (optimum)"}
@@ -33,9 +34,9 @@ def charts_of(rows: list[Row]) -> list[Chart]:
             "bytes",
             rows,
             "Bytes read a token",
-            "What the link must carry. A hit rate means little beside this figure.",
+            "What the link must carry, reads ahead among it. A hit rate means little beside this figure.",
             "GB a token",
-            lambda row: None if row["bytes_read_per_token"] is None else row["bytes_read_per_token"] / 1e9,
+            _gigabytes,
         ),
     ]
     if any(row.get("tokens_per_s") for row in rows):
@@ -53,7 +54,14 @@ def charts_of(rows: list[Row]) -> list[Chart]:
             ),
             _time_chart(rows),
         ]
+    if any(row.get("prefetch") for row in rows):
+        charts.append(prefetch_chart(rows))
     return charts
+
+
+def _gigabytes(row: Row) -> float | None:
+    moved = row.get("bytes_moved_per_token", row["bytes_read_per_token"])
+    return None if moved is None else moved / 1e9
 
 
 def _over_capacity(
@@ -69,8 +77,8 @@ def _over_capacity(
 ) -> Chart:
     data, table = [], []
     shown = ".1%" if percent else ".3f"
-    for place, policy in enumerate(dict.fromkeys(row["policy"] for row in rows)):
-        own = sorted((row for row in rows if row["policy"] == policy), key=lambda row: row["capacity_fraction"])
+    for place, policy in enumerate(dict.fromkeys(series(row) for row in rows)):
+        own = sorted((row for row in rows if series(row) == policy), key=lambda row: row["capacity_fraction"])
         best = policy in _OPTIMA
         data.append(
             line(
@@ -103,7 +111,7 @@ def _over_capacity(
 
 
 def _time_chart(rows: list[Row]) -> Chart:
-    names = [f"{row['policy']}, {row['capacity_fraction']:.0%}" for row in rows]
+    names = [f"{series(row)}, {row['capacity_fraction']:.0%}" for row in rows]
     parts = (("compute_s_per_token", "compute", "#2563eb"), ("stall_s_per_token", "stall: compute waits for a read", "#f59e0b"))
     data = [
         {
@@ -146,7 +154,7 @@ def write_page(path: str | os.PathLike[str], rows: list[Row], *, name: str) -> N
     environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     figures = json.dumps([{"name": chart.name, **chart.figure} for chart in charts], allow_nan=False).replace("<", "\\u003c")
     template = environment.get_template("simulate.html.j2")
-    text = template.render(name=name, charts=charts, rows=rows, figures=figures, plotly=get_plotlyjs())
+    text = template.render(name=name, charts=charts, rows=rows, losses=losses(rows), figures=figures, plotly=get_plotlyjs())
 
     def write(part: Path) -> None:
         part.write_text(text, encoding="utf-8")

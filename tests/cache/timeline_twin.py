@@ -1,0 +1,117 @@
+"""The slow twin of the timeline: LRU caches, one link and a staging area, in plain Python written from the definitions."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+from tests.cache.twins import Cache, Lru
+
+
+class Link:
+    """Carries one expert at a time, first come first served; the fixed time of a read overlaps the transfers before it."""
+
+    def __init__(self, device, expert_bytes):
+        self.transfer, self.fixed, self.depth = expert_bytes / device.bytes_per_s, device.fixed_s, device.queue_depth
+        self.free_at = 0.0
+
+    def demand(self, issued):
+        self.free_at = max(self.free_at, issued + self.fixed) + self.transfer
+        return self.free_at
+
+    def ahead(self, start):
+        self.free_at = start + self.fixed + self.transfer
+        return self.free_at
+
+
+class Reader:
+    """Reads ahead: keeps what is foreseen and not yet gone past, what it was worth so far, and what has been read."""
+
+    def __init__(self, foresight, trace, link):
+        self.levels, self.link, self.width = foresight.levels, link, foresight.width or trace.top_k
+        self.room, self.experts = foresight.room(trace.top_k), trace.num_experts
+        self.outcomes, self.foreseen, self.staged = defaultdict(list), [], {}
+
+    def foresee(self, token, layer, resident):
+        keys = [layer * self.experts + expert for expert in range(self.experts)]
+        known = [(-int(self.levels[token, layer, key % self.experts]), key) for key in keys if key not in resident]
+        self.foreseen += [(layer, level, key) for level, key in sorted(known)[: self.width] if level]
+
+    def chance(self, level):
+        return sum(self.outcomes[level]) / (len(self.outcomes[level]) + 1)
+
+    def use_idle(self, now, demand, layer):
+        self.foreseen = [item for item in self.foreseen if item[0] >= layer]
+        while self.foreseen and len(self.staged) < self.room:
+            start = max(self.link.free_at, now)
+            whole = self.link.fixed + self.link.transfer
+            early = min(whole, demand - start)
+            best = min(self.foreseen, key=lambda item: item[1])  # of the likeliest the one foreseen first
+            p = self.chance(best[1])
+            if start >= demand or p * early <= (1 - p) * (whole - early):
+                return
+            self.foreseen.remove(best)
+            self.staged[best[2]] = self.link.ahead(start)
+
+    def learn(self, token, layer, wanted, resident):
+        for expert in range(self.experts):
+            key = layer * self.experts + expert
+            if key not in resident:
+                self.outcomes[-int(self.levels[token, layer, expert])].append(key in wanted)
+
+
+def slow_timeline(trace, pools, device, block, expert_bytes, foresight=None):
+    """Of each token ``(compute, stall, reads, useful, late, wasted)``; LRU, state kept, a trace without steps."""
+    layers, experts = trace.num_moe_layers, trace.num_experts
+    cache = Cache(Lru(layers, experts), pools.pool_of_layer, pools.pool_slots, experts)
+    link, now, rows = Link(device, expert_bytes), 0.0, []
+    reader = None if foresight is None else Reader(foresight, trace, link)
+    lead = 0 if foresight is None else layers if foresight.lead == "token" else foresight.lead
+    moments = 1 + max(0, layers - lead)
+    for token, ids in enumerate(trace.expert_ids.tolist()):
+        begun, compute, reads, useful, late, wasted = now, 0.0, 0, 0, 0, 0
+        if reader:
+            now += foresight.token_s / moments
+            compute += foresight.token_s / moments
+            reader.foreseen = []
+            for target in range(min(lead, layers)):
+                reader.foresee(token, target, cache.slots[pools.pool_of_layer[target]])
+            reader.use_idle(now, now + block.attention_s, 0)
+        for layer, chosen in enumerate(ids):
+            now += block.attention_s
+            resident = list(cache.slots[pools.pool_of_layer[layer]])
+            wanted = [layer * experts + expert for expert in chosen]
+            if reader:
+                reader.learn(token, layer, wanted, resident)
+            cache.serve(layer, chosen)
+            landings, at_once = [], 0
+            for key in wanted:
+                if key in resident:
+                    at_once += 1
+                elif reader and key in reader.staged:
+                    there = reader.staged.pop(key)
+                    if there <= now:
+                        useful, at_once = useful + 1, at_once + 1
+                    else:
+                        late += 1
+                        landings.append(there)
+                else:
+                    waits_for = len(landings) - link.depth
+                    landings.append(link.demand(now if waits_for < 0 else max(now, landings[waits_for])))
+                    reads += 1
+            if reader:
+                gone = [key for key in reader.staged if key // experts <= layer]
+                wasted += len(gone)
+                for key in gone:
+                    del reader.staged[key]
+            predicting = foresight.token_s / moments if reader and layer + lead < layers else 0.0
+            done = now + predicting + block.shared_s + at_once * block.expert_s
+            for there in sorted(landings):
+                done = max(done, there) + block.expert_s
+            if reader and layer + 1 < layers:
+                if layer + lead < layers:
+                    reader.foresee(token, layer + lead, cache.slots[pools.pool_of_layer[layer + lead]])
+                reader.use_idle(now + predicting, done + block.attention_s, layer + 1)
+            compute += block.attention_s + predicting + block.shared_s + len(chosen) * block.expert_s
+            now = done
+        rows.append((compute, now - begun - compute, reads, useful, late, wasted))
+    return rows
