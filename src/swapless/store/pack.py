@@ -79,14 +79,17 @@ class Packing:
         if (folder / MANIFEST).is_file():
             manifest = read_manifest(folder)
             packing._require({"identity": manifest.source["identity"]} | {name: getattr(manifest, name) for name in _PRECISION})
+            (folder / JOURNAL).unlink(missing_ok=True)  # of a run that was killed between the two
         elif (folder / JOURNAL).is_file():
             journal = _read_journal(folder / JOURNAL)
             packing._require(journal["options"])
             packing.done = journal["done"]
-        elif any(folder.iterdir()):
+        elif any(not file.match(_FIRST_JOURNAL) for file in folder.iterdir()):
             raise UsageError(
                 message("The folder for the packed store holds something else.", got=folder, step="Give a new one.")
             )
+        else:
+            packing._journal()  # before anything else, so that a folder that a killed run left is known as one
         for stale in folder.glob(".*.part"):
             stale.unlink()
         return packing
@@ -168,6 +171,9 @@ class Packing:
 
     def _note(self, name: str, what: Any) -> None:
         self.done[name] = what
+        self._journal()
+
+    def _journal(self) -> None:
         try:
             write_json(self.folder / JOURNAL, {"options": dict(self.options), "done": self.done})
         except OSError as error:
@@ -175,6 +181,8 @@ class Packing:
 
 
 _PRECISION = ("bits", "group", "dense_bits")
+_FIRST_JOURNAL = f".{JOURNAL}.*.part"
+"""A journal that a killed run had not yet given its name."""
 
 
 def _read_journal(path: Path) -> dict[str, Any]:
