@@ -22,6 +22,8 @@ __all__ = ["app", "main"]
 
 VERBS = {
     "run": "swapless.cli.run:run",
+    "plan": "swapless.cli.plan:plan",
+    "doctor": "swapless.cli.doctor:doctor",
     "info": "swapless.cli.info:info",
     "verify": "swapless.cli.verify:verify",
     "pack": "swapless.cli.pack:pack",

@@ -1,0 +1,238 @@
+"""What a checkpoint would do on this machine under a memory budget, in each precision that it could be packed in.
+
+Nothing is loaded: sizes come from headers, the KV cache and the time beside products from a hollow model, products and reads
+are timed at the checkpoint's own shapes, and hits come from a replay of the engine's policy in the engine's slots, or from the
+nearest stored curve. The budget is divided by the engine's own function.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from swapless.cache import DEFAULT_POLICY, POLICIES
+from swapless.errors import BudgetError, message
+from swapless.plan.commands import commands
+from swapless.plan.hits import Hits
+from swapless.plan.hollow import hollow_model, hollow_step
+from swapless.plan.machine import Machine
+from swapless.plan.precision import as_packed, disk_bytes
+from swapless.plan.products import expert_time, linears_s
+from swapless.plan.reads import Reads
+from swapless.plan.set_ups import Plan, SetUp
+from swapless.plan.speed import Costs, speed, speed_ahead
+from swapless.runtime.budget import Budget, plan_budget
+from swapless.runtime.door import experts_of
+from swapless.runtime.dry import DryRun, dry_run
+from swapless.runtime.memory import MemoryMeter
+from swapless.runtime.open import OpenCheckpoint
+from swapless.runtime.parts import budget_shape, context_of, gate_leads, parts_to_come
+from swapless.units import format_size
+
+PRECISIONS = ((16, 16), (8, 16), (8, 8), (4, 16), (4, 8))
+"""Bits of experts and of all other weights that a checkpoint is planned for; a packed store has its own alone."""
+
+WORTH_BITS = 1.1
+"""A set-up must be this much faster than one with more bits to be recommended before it."""
+
+_TENSOR_BYTES = 3 << 10
+"""What a tensor of the checkpoint takes in the interpreter: its name, its place, its part in the plan of reads."""
+
+Progress = Callable[[str, float], None]
+
+
+def plan(
+    opened: OpenCheckpoint,
+    name: str,
+    memory_bytes: int,
+    machine: Machine,
+    hits: Hits,
+    *,
+    whole: bool = True,
+    context: int | None = None,
+    policy: str = DEFAULT_POLICY,
+    progress: Progress | None = None,
+) -> Plan:
+    """Foresee what ``opened`` would do with ``memory_bytes``.
+
+    Parameters
+    ----------
+    opened : OpenCheckpoint
+        A checkpoint or a packed store, or ghosts of one.
+    name : str
+        What it is called in commands.
+    memory_bytes : int
+        What the whole process may hold.
+    machine : Machine
+        Where it would run.
+    hits : Hits
+        Where hit rates come from.
+    whole : bool
+        Whether its weights lie there too, so that their disk can be probed; else the machine's figures stand in.
+    context : int, optional
+        As of :func:`swapless.load`.
+    policy : str
+        Name of the cache policy.
+    progress : callable of (str, float), optional
+        Told what is going on and the share done.
+
+    Raises
+    ------
+    BudgetError
+        No set-up works; the message names the smallest budget that does, and in which.
+    UsageError
+        A context that the model cannot have.
+    UnknownNameError
+        No such policy, or one of which there is neither a trace nor a curve.
+    """
+    report = progress or (lambda stage, done: None)
+    context_tokens = context_of(context, opened.config)
+    report("measuring the model without its weights", 0.1)
+    model = hollow_model(opened)
+    dry = dry_run(model)
+    if opened.manifest is None:
+        forms = [(opened if bits == dense == 16 else as_packed(opened, bits, dense)) for bits, dense in PRECISIONS]
+    else:
+        forms = [opened]
+    reads = Reads(opened, machine, whole)
+    budgets = [
+        (form, prefetch, *_budget(form, dry, reads, machine, memory_bytes, context_tokens, policy, prefetch))
+        for form in forms
+        for prefetch in (None, "gate")
+    ]
+    if all(budget is None for *_, budget, _ in budgets):
+        raise _too_small(memory_bytes, budgets)
+    largest = next(budget for *_, budget, _ in budgets if budget is not None)
+    step = hollow_step(model, opened, POLICIES.get(policy)(), largest)
+    module = next(module for _, module in experts_of(model))
+    rows: list[SetUp] = []
+    costs: dict[int, Costs] = {}
+    for number, (form, prefetch, budget, needs) in enumerate(budgets):
+        report("timing products and reads", 0.2 + 0.8 * number / len(budgets))
+        if prefetch is not None and (budget is None or budget.slots == budget.num_experts_total):
+            continue  # nothing to read ahead
+        if budget is not None and id(form) not in costs:
+            products = expert_time(form, module)
+            costs[id(form)] = Costs(
+                num_moe_layers=len(form.layout.moe_layers),
+                top_k=form.experts_a_token // len(form.layout.moe_layers),
+                other_s=step.seconds + linears_s(form, step.linears),
+                expert_s=products.together_s,
+                lone_expert_s=products.alone_s,
+                **reads.costs(form),
+            )
+        rows.append(_set_up(form, name, prefetch, policy, budget, needs, hits, costs.get(id(form)), memory_bytes, context))
+    return Plan(
+        memory_bytes=memory_bytes,
+        context_tokens=context_tokens,
+        hits_from=hits.source,
+        reads_from=reads.source,
+        set_ups=tuple(rows),
+        lossless=next((row for row in rows if row.lossless and row.prefetch is None and row.budget), None),
+        best=_best(rows),
+    )
+
+
+def _budget(
+    form: OpenCheckpoint,
+    dry: DryRun,
+    reads: Reads,
+    machine: Machine,
+    memory_bytes: int,
+    context_tokens: int,
+    policy: str,
+    prefetch: str | None,
+) -> tuple[Budget | None, int]:
+    """The engine's budget of one set-up, None where the memory is not enough; and the smallest that is."""
+    base = machine.base_bytes
+    meter = MemoryMeter()
+    if meter.source == "cgroup":  # what a run would find in use already
+        base = max(base, meter.now_bytes())
+    meter.close()
+    fixed = {
+        "base": base,
+        "non_expert": form.layout.non_expert_bytes,
+        "loading": machine.loading_bytes + _TENSOR_BYTES * len(form.refs),
+    }
+    fixed |= parts_to_come(form, POLICIES.get(policy)(), dry, context_tokens, reads.io_bytes(form))
+    shape = budget_shape(form, context_tokens, gate_leads(prefetch))
+    whole = plan_budget(total_bytes=None, resident_share=1.0, fixed_parts=fixed, **shape)
+    if memory_bytes < min(whole.floor_bytes, whole.total_bytes):
+        return None, min(whole.floor_bytes, whole.total_bytes)
+    return plan_budget(total_bytes=memory_bytes, resident_share=None, fixed_parts=fixed, **shape), whole.floor_bytes
+
+
+def _set_up(
+    form: OpenCheckpoint,
+    name: str,
+    prefetch: str | None,
+    policy: str,
+    budget: Budget | None,
+    needs: int,
+    hits: Hits,
+    costs: Costs | None,
+    memory_bytes: int,
+    context: int | None,
+) -> SetUp:
+    manifest = form.manifest
+    bits, dense_bits = (manifest.bits, manifest.dense_bits) if manifest else (16, 16)
+    rate = found = None
+    if budget is not None and costs is not None:
+        rate, misses = hits.of(budget.slots)
+        found = (speed if prefetch is None else speed_ahead)(costs, misses)
+    perplexity = 1.0 if bits == dense_bits == 16 else None
+    if manifest is not None and manifest.perplexity:
+        perplexity = manifest.perplexity["packed"] / manifest.perplexity["original"]
+    there = manifest is not None and bool(manifest.source)
+    return SetUp(
+        bits=bits,
+        dense_bits=dense_bits,
+        packed=manifest is not None,
+        policy=policy,
+        prefetch=prefetch,
+        budget=budget,
+        needs_bytes=needs,
+        hit_rate=rate,
+        speed=found,
+        perplexity_ratio=perplexity,
+        disk_bytes=disk_bytes(form),
+        commands=commands(
+            name,
+            memory_bytes,
+            pack=None if manifest is None or there else (bits, dense_bits),
+            prefetch=prefetch,
+            policy=policy,
+            context=context,
+        ),
+    )
+
+
+def _best(rows: Sequence[SetUp]) -> SetUp:
+    """The fastest, held against those with more bits: fewer must be worth it."""
+    best: SetUp | None = None
+    for row in sorted((row for row in rows if row.speed), key=lambda row: (-row.bits, -row.dense_bits, row.prefetch or "")):
+        assert row.speed is not None
+        if best is None or best.speed is None or row.speed.tokens_per_s > WORTH_BITS * best.speed.tokens_per_s:
+            best = row
+    assert best is not None, "some set-up fits"
+    return best
+
+
+def _too_small(memory_bytes: int, budgets: Sequence[tuple[OpenCheckpoint, str | None, Budget | None, int]]) -> BudgetError:
+    least: dict[tuple[int, int], int] = {}
+    for form, _, _, needed in budgets:
+        key = (form.manifest.bits, form.manifest.dense_bits) if form.manifest else (16, 16)
+        least[key] = min(needed, least.get(key, needed))
+    bits, dense = min(least, key=lambda key: least[key])
+    unpacked = least.get((16, 16))
+    allowed = f"at least {format_size(least[bits, dense])} ({least[bits, dense]} bytes), with experts of {bits} bits"
+    allowed += f" and all else of {dense}"
+    if unpacked is not None and (bits, dense) != (16, 16):
+        allowed += f"; unpacked, {format_size(unpacked)} ({unpacked} bytes)"
+    return BudgetError(
+        message(
+            "The memory budget is too small for this model, whatever its precision.",
+            got=f"{format_size(memory_bytes)} ({memory_bytes} bytes)",
+            allowed=allowed,
+            step="Raise --memory, or lower --context.",
+        )
+    )

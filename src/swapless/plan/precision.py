@@ -1,0 +1,52 @@
+"""A checkpoint as if it were packed: what the same model would be in other bits, from headers alone, nothing written."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from swapless.runtime.door import experts_of, packed_layout, skeleton
+from swapless.runtime.open import OpenCheckpoint
+from swapless.runtime.packing import packed_layers
+from swapless.store.packed import Manifest, dense_layout
+
+GROUP = 32
+"""Columns that share a scale in 4 bits: what ``swapless pack`` takes by default."""
+
+
+def as_packed(opened: OpenCheckpoint, bits: int, dense_bits: int) -> OpenCheckpoint:
+    """``opened`` with the layout and manifest that ``swapless pack`` with these bits would give it.
+
+    Its slots, non-expert bytes and way of computing are those of the packed store, so whatever is asked of an opened
+    checkpoint can be asked of it, except to be read: its blocks are nowhere.
+    """
+    meta: Any = skeleton(opened.cls, opened.config)
+    linears = opened.layout.linear_keys if dense_bits == 8 else {}
+    layers = packed_layers(opened, dict(experts_of(meta)), bits, GROUP)
+    manifest = Manifest(
+        bits=bits,
+        group=GROUP,
+        dense_bits=dense_bits,
+        dtype=str(opened.layout.dtype).removeprefix("torch."),
+        source={},
+        moe_layers=tuple(
+            replace(layer, checksums=("",) * own.num_experts)
+            for layer, own in zip(layers, opened.layout.moe_layers, strict=True)
+        ),
+        files={},
+        dense={key: {"module": linears[key], "shape": list(opened.refs[key].shape)} for key in sorted(linears)},
+    )
+    others = {}
+    for key, ref in opened.refs.items():
+        if key not in opened.layout.expert_keys:
+            others[key] = ref._replace(nbytes=dense_layout(ref.shape).nbytes) if key in linears else ref
+    layout = packed_layout(meta, manifest, others, opened.layout.dtype)
+    return opened._replace(manifest=manifest, layout=layout, refs=others)
+
+
+def disk_bytes(opened: OpenCheckpoint) -> int:
+    """What the files of a checkpoint or of a packed store take: all tensors and, of the latter, all blocks."""
+    blocks = 0
+    if opened.manifest is not None:
+        blocks = sum(layer.num_experts * layer.block_bytes for layer in opened.manifest.moe_layers)
+    return blocks + sum(ref.nbytes for ref in opened.refs.values())

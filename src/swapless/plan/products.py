@@ -1,0 +1,188 @@
+"""Time of products of one token with weights that no processor cache holds: by the engine's own experts and linear layers.
+
+Weights are random, since their values do not matter; shapes and kernels are those of the model that is asked about.
+"""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from swapless.plan.hollow import Linear
+from swapless.runtime.open import OpenCheckpoint
+from swapless.runtime.parts import computation
+from swapless.runtime.pool import SlotPool, slot_bytes
+from swapless.store.matrix import MatrixLayout
+from swapless.store.packed import Manifest, PackedLayer, dense_layout
+from swapless.store.read import aligned_buffer
+
+_COLD_BYTES = 96 << 20
+"""Weights are drawn in turn from so many bytes, more than the last cache of most processors holds."""
+
+_MOST_BYTES = 48 << 20
+"""Of a larger matrix only the first rows are timed: time is proportional to them."""
+
+_REPEATS = 7
+_LEAST_S = 0.05
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertTime:
+    """Seconds of one expert for one token: ``together`` with the others of its token in one call, or ``alone``."""
+
+    together_s: float
+    alone_s: float
+
+
+def expert_time(opened: OpenCheckpoint, module: Any) -> ExpertTime:
+    """Time the experts of ``opened`` as the engine computes them, at torch's present number of threads.
+
+    Parameters
+    ----------
+    opened : OpenCheckpoint
+        Says what an expert is made of; none of it is read.
+    module : torch.nn.Module
+        An experts module of its model, for gate and activation; without weights.
+    """
+    layers = opened.layout.moe_layers
+    top_k = max(1, opened.experts_a_token // len(layers))
+    pool = SlotPool(layers, max(2, -(-_COLD_BYTES // slot_bytes(layers))))
+    _fill(pool, opened)
+    compute = computation(opened).of(pool)
+    hidden = torch.randn(1, _hidden_size(opened), dtype=torch.float32).to(opened.layout.dtype)
+    slots = itertools.cycle(range(pool.slots))
+
+    def call(count: int) -> None:
+        compute(module, 0, [next(slots) for _ in range(count)], [hidden] * count)
+
+    try:
+        with torch.inference_mode():
+            together = _median_s(lambda: call(top_k)) / top_k
+            return ExpertTime(together_s=together, alone_s=_median_s(lambda: call(1)))
+    finally:
+        pool.close()
+
+
+def linears_s(opened: OpenCheckpoint, called: Mapping[Linear, int]) -> float:
+    """Seconds of all linear layers of one token, in the precision that ``opened`` keeps them in.
+
+    ``called`` says which there are and how often a token passes them, by :func:`~swapless.plan.hollow.hollow_step`.
+    """
+    quantized = set(opened.layout.linear_keys.values()) if opened.manifest is not None else set()
+    seconds: dict[tuple[int, int, bool, bool], float] = {}
+    total = 0.0
+    for linear, times in called.items():
+        kind = (linear.inputs, linear.outputs, linear.bias, linear.path in quantized)
+        if kind not in seconds:
+            seconds[kind] = _linear_s(*kind, opened.layout.dtype)
+        total += times * seconds[kind]
+    return total
+
+
+def _linear_s(inputs: int, outputs: int, bias: bool, quantized: bool, dtype: torch.dtype) -> float:
+    row_bytes = inputs if quantized else inputs * dtype.itemsize
+    rows = min(outputs, max(32, _MOST_BYTES // row_bytes // 32 * 32))
+    count = max(2, -(-_COLD_BYTES // (rows * row_bytes)))
+    count = min(count, 64)
+    layers = itertools.cycle([_linear(inputs, rows, bias, quantized, dtype) for _ in range(count)])
+    x = torch.randn(1, inputs).to(dtype)
+    with torch.inference_mode():
+        return _median_s(lambda: next(layers)(x)) * outputs / rows
+
+
+def _linear(inputs: int, rows: int, bias: bool, quantized: bool, dtype: torch.dtype) -> torch.nn.Module:
+    if not quantized:
+        plain = torch.nn.Linear(inputs, rows, bias=bias, device="meta", dtype=dtype).to_empty(device="cpu")
+        for parameter in plain.parameters():
+            _randomise(parameter.data)
+        return plain
+    from swapless.runtime.linear import QuantizedLinear  # kernels are compiled when they are imported
+
+    layout = dense_layout((rows, inputs))
+    layer = QuantizedLinear(layout, torch.nn.Parameter(torch.zeros(rows, dtype=dtype)) if bias else None)
+    memory = aligned_buffer(layout.nbytes)[: layout.nbytes]
+    _fill_matrix(memory, layout)
+    layer.fill(torch.from_numpy(memory))
+    return layer
+
+
+def _median_s(call: Callable[[], Any]) -> float:
+    """Median of several timings, each over as many calls as make it long enough for the clock."""
+    call()
+    begun = time.perf_counter()
+    call()
+    calls = max(1, min(1000, round(_LEAST_S / _REPEATS / max(1e-7, time.perf_counter() - begun))))
+    seconds = []
+    for _ in range(_REPEATS):
+        begun = time.perf_counter()
+        for _ in range(calls):
+            call()
+        seconds.append((time.perf_counter() - begun) / calls)
+    return statistics.median(seconds)
+
+
+def _hidden_size(opened: OpenCheckpoint) -> int:
+    return int(opened.config.get_text_config().hidden_size)
+
+
+def _fill(pool: SlotPool, opened: OpenCheckpoint) -> None:
+    first = pool.bytes_of(0)
+    if opened.manifest is not None and opened.manifest.bits < 16:
+        _fill_block(first, opened.manifest, opened.manifest.moe_layers[0])
+    else:
+        for tensor in pool.parameters(0, 0).values():
+            _randomise(tensor)
+    for slot in range(1, pool.slots):
+        pool.bytes_of(slot)[:] = first
+
+
+def _fill_block(block: np.ndarray, manifest: Manifest, layer: PackedLayer) -> None:
+    block[:] = 0
+    for piece in layer.pieces:
+        if piece.bits < 16:
+            _fill_matrix(block[piece.offset : piece.offset + piece.nbytes], manifest.layout(piece))
+
+
+def _fill_matrix(memory: np.ndarray, layout: MatrixLayout) -> None:
+    values, scales, zeros = layout.planes(memory)
+    values.view(np.uint8).reshape(-1)[:] = np.resize(_noise(), values.nbytes)
+    scales[:] = 0.01 if layout.bits == 8 else 0x3C24  # 0.01 as the upper half of a float32
+    zeros[:] = 0x88
+
+
+def _randomise(tensor: torch.Tensor) -> None:
+    some = torch.randn(1 << 14, generator=torch.Generator().manual_seed(0)).to(tensor.dtype)
+    flat = tensor.view(-1)
+    flat.copy_(some.repeat(-(-len(flat) // len(some)))[: len(flat)])
+
+
+def _noise() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, 1 << 16, dtype=np.uint8)
+
+
+def copy_bytes_per_s() -> float:
+    """Bytes a second from memory to memory by one thread, as from a bounce buffer into a slot."""
+    source, target = (aligned_buffer(_COLD_BYTES // 2) for _ in range(2))
+    source[:] = 1
+    target[:] = 1
+    return len(source) / _median_s(lambda: np.copyto(target, source))
+
+
+def read_bytes_per_s() -> float:
+    """Bytes a second that all of torch's threads read out of memory together."""
+    values = torch.ones(_COLD_BYTES // 4)
+    return values.nbytes / _median_s(lambda: values.sum())
+
+
+def matrices(weights: int) -> Iterator[tuple[str, float]]:
+    """Weights a second of a plain and of a quantised linear layer of about so many weights, each by its name."""
+    side = max(64, int(weights**0.5) // 64 * 64)
+    for name, quantized in (("bf16", False), ("int8", True)):
+        yield name, side * side / _linear_s(side, side, False, quantized, torch.bfloat16)

@@ -1,0 +1,66 @@
+"""How the experts of a checkpoint come from the disk, in any precision: probed on its own files where they are there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from swapless.plan.machine import Machine, probe_files
+from swapless.runtime.open import OpenCheckpoint
+from swapless.runtime.parts import open_store, sample_extents
+from swapless.store.packed import block_parts
+from swapless.store.probe import Probe, probe
+
+
+class Reads:
+    """Reads of a checkpoint.
+
+    Parameters
+    ----------
+    opened : OpenCheckpoint
+        A checkpoint, a packed store, or ghosts of a checkpoint.
+    machine : Machine
+        Its figures stand in where the weights are not there.
+    whole : bool
+        Whether they are.
+    """
+
+    def __init__(self, opened: OpenCheckpoint, machine: Machine, whole: bool) -> None:
+        self._machine = machine
+        self._files = opened.files if whole else []
+        self._found: dict[int, Probe] = {}
+        self.source = "probed on its files" if whole else "as of the disk of the cache folder: the model is not here"
+        layers = opened.layout.moe_layers
+        store = open_store(opened, check=False)
+        try:
+            extents = store.extents(0, 0)
+            self._bytes = sum(extent.nbytes for extent in extents)
+            self._parts, self._bounce_bytes = store.parts(0, 0), store.bounce_bytes
+            whole_probe = probe(store.reader, sample_extents(store, layers)) if whole else None
+            self._probe = whole_probe or machine.read_at(extents[0].nbytes)
+        finally:
+            store.close()
+
+    def io_bytes(self, form: OpenCheckpoint) -> int:
+        """Bounce buffers of the reader threads; packed stores have none."""
+        return 0 if form.manifest is not None else self._probe.depth * self._bounce_bytes
+
+    def costs(self, form: OpenCheckpoint) -> dict[str, Any]:
+        """What :class:`~swapless.plan.speed.Costs` say about the reads of ``form``: ``opened``, or how it would be packed."""
+        found, read_bytes, parts, copied = self._probe, self._bytes, self._parts, self._bounce_bytes > 0
+        if copied and form.manifest is not None:  # blocks that are not there yet
+            read_bytes = max(layer.block_bytes for layer in form.manifest.moe_layers)
+            parts, copied = block_parts(read_bytes), False
+            found = self._at(read_bytes // parts)
+        bandwidth = {}
+        for depth, bytes_per_s in found.bytes_per_s.items():
+            if depth <= found.depth:  # each reader copies what it read before it reads on; meanwhile the others have the disk
+                copy_s = 1 / self._machine.copy_bytes_per_s / depth if copied else 0.0
+                bandwidth[depth] = 1 / (1 / bytes_per_s + copy_s)
+        return {"read_bytes": read_bytes, "parts": parts, "bytes_per_s": bandwidth}
+
+    def _at(self, block_bytes: int) -> Probe:
+        if not self._files:
+            return self._machine.read_at(block_bytes)
+        if block_bytes not in self._found:
+            self._found[block_bytes] = probe_files(self._files, block_bytes)
+        return self._found[block_bytes]

@@ -1,0 +1,139 @@
+"""How long a token takes: compute and reads of each MoE layer laid side by side as the engine does it.
+
+A MoE layer's misses are read one after the other over one link while its residents are computed; each miss is computed as it
+lands. That is the timeline's rule (``cache/timeline``) for a layer by itself, so a share of layers with so many hits and so
+many misses says all, whether it was counted in a replay or follows from a hit rate.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+GATE_RECALL = 0.8
+"""Share of the next MoE layer's experts that its router names when asked early: 0.74 to 0.89 were measured, at leads of two and
+one (``docs/log.md``)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Costs:
+    """What a token is made of, on one machine.
+
+    Parameters
+    ----------
+    num_moe_layers, top_k : int
+        L and K.
+    other_s : float
+        Seconds a token beside experts and reads.
+    expert_s, lone_expert_s : float
+        Seconds of an expert, computed with others or by itself.
+    read_bytes : int
+        Bytes fetched for one expert.
+    parts : int
+        Reads that one expert is cut into.
+    bytes_per_s : mapping of int to float
+        Bandwidth by reads in flight, copies out of bounce buffers included.
+    """
+
+    num_moe_layers: int
+    top_k: int
+    other_s: float
+    expert_s: float
+    lone_expert_s: float
+    read_bytes: int
+    parts: int
+    bytes_per_s: Mapping[int, float]
+
+    def reading_s(self, misses: float) -> float:
+        """Seconds an expert's read takes where so many are asked for at once."""
+        flight = misses * self.parts
+        depth = max((depth for depth in self.bytes_per_s if depth <= flight), default=min(self.bytes_per_s))
+        return self.read_bytes / self.bytes_per_s[depth]
+
+    def layer_s(self, hits: int, misses: int) -> float:
+        """Seconds of one MoE layer's experts, from the moment they are known."""
+        busy, read = hits * self.expert_s, self.reading_s(misses)
+        for number in range(1, misses + 1):
+            busy = max(busy, number * read) + self.lone_expert_s
+        return busy
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Speed:
+    """Expected time of a token, and the least that it could be.
+
+    ``floor_s`` is the larger of computing everything and of reading the bytes at the best bandwidth.
+    """
+
+    token_s: float
+    floor_s: float
+    compute_s: float
+    bytes_a_token: float
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Expected tokens a second."""
+        return 1 / self.token_s
+
+    @property
+    def most_tokens_per_s(self) -> float:
+        """Tokens a second that the floor allows."""
+        return 1 / self.floor_s
+
+
+def binomial(top_k: int, hit_rate: float) -> np.ndarray:
+    """Chance of 0 to K misses of a MoE layer and token whose requests each hit with ``hit_rate``: float64 (K + 1,)."""
+    miss = 1 - hit_rate
+    return np.array([math.comb(top_k, m) * miss**m * hit_rate ** (top_k - m) for m in range(top_k + 1)])
+
+
+def speed(costs: Costs, misses: np.ndarray) -> Speed:
+    """What a token takes.
+
+    Parameters
+    ----------
+    costs : Costs
+        Of its parts.
+    misses : float64 ndarray of shape (K + 1,)
+        Share of (token, MoE layer) pairs with 0 to K misses; they sum to 1.
+    """
+    layers, top_k = costs.num_moe_layers, costs.top_k
+    experts_s = sum(share * costs.layer_s(top_k - count, count) for count, share in enumerate(misses.tolist()))
+    return _speed(costs, costs.other_s + layers * experts_s, layers * _mean(misses))
+
+
+def speed_ahead(costs: Costs, misses: np.ndarray, recall: float = GATE_RECALL) -> Speed:
+    """The same with the next MoE layer's experts foreseen and read while the link is idle.
+
+    An estimate: of what is missing, the share ``recall`` is foreseen, and so many of the reads begin ahead as fit into the time
+    in which nothing is read on demand; those foreseen in vain take the same time and bytes.
+    """
+    layers = costs.num_moe_layers
+    missing = _mean(misses)
+    if not missing:
+        return speed(costs, misses)
+    read_s = costs.reading_s(missing)
+    before = speed(costs, misses)
+    idle_s = max(0.0, before.token_s / layers - missing * read_s)
+    ahead = min(missing, idle_s / read_s)
+    left = 1 - ahead * recall / missing
+    places = np.arange(len(misses))
+    rate = 1 - left * missing / costs.top_k
+    spread = binomial(costs.top_k, rate) if left else (places == 0).astype(np.float64)
+    experts_s = sum(share * costs.layer_s(costs.top_k - count, count) for count, share in enumerate(spread.tolist()))
+    token_s = min(before.token_s, costs.other_s + layers * experts_s)
+    return _speed(costs, token_s, layers * (missing + ahead * (1 - recall)))
+
+
+def _mean(misses: np.ndarray) -> float:
+    return float(misses @ np.arange(len(misses)))
+
+
+def _speed(costs: Costs, token_s: float, reads: float) -> Speed:
+    nbytes = reads * costs.read_bytes
+    compute_s = costs.other_s + costs.num_moe_layers * costs.top_k * costs.expert_s
+    floor_s = max(compute_s, nbytes / max(costs.bytes_per_s.values()))
+    return Speed(token_s=max(token_s, floor_s), floor_s=floor_s, compute_s=compute_s, bytes_a_token=nbytes)
