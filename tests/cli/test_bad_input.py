@@ -182,9 +182,9 @@ def test_a_dense_model(copy, refused):
 
 
 def test_a_quantised_checkpoint(copy, refused):
-    settings = json.loads((copy / "config.json").read_text()) | {"quantization_config": {"quant_method": "fp8"}}
+    settings = json.loads((copy / "config.json").read_text()) | {"quantization_config": {"quant_method": "gptq"}}
     (copy / "config.json").write_text(json.dumps(settings))
-    refused(copy, errors.UnsupportedCheckpointError, "fp8")
+    refused(copy, errors.UnsupportedCheckpointError, "gptq")
 
 
 @pytest.mark.parametrize("name", ["model.gguf", "pytorch_model.bin"])

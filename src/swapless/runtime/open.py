@@ -12,12 +12,19 @@ from transformers import AutoConfig, PreTrainedModel
 
 from swapless.errors import (
     CheckpointCorruptError,
-    UnsupportedCheckpointError,
     UnsupportedFamilyError,
     UsageError,
     message,
 )
-from swapless.runtime.door import Layout, checkpoint_layout, model_class, packed_layout, skeleton
+from swapless.runtime.door import (
+    Layout,
+    check_quantization,
+    checkpoint_layout,
+    dequantize_on_load,
+    model_class,
+    packed_layout,
+    skeleton,
+)
 from swapless.runtime.families import NEEDS, unsupported_family
 from swapless.runtime.pool import slot_bytes
 from swapless.store.headers import TensorRef, read_config, read_headers
@@ -96,6 +103,7 @@ def open_checkpoint(folder: Path, dtype: str | torch.dtype = "auto") -> OpenChec
         ) from error
     if config.model_type in NEEDS:
         raise unsupported_family(config)
+    dequantize_on_load(config)
     cls = model_class(config)
     if manifest is not None:
         own = getattr(torch, manifest.dtype) if dtype == "auto" else resolve_dtype(dtype, config, refs)
@@ -110,17 +118,9 @@ def open_checkpoint(folder: Path, dtype: str | torch.dtype = "auto") -> OpenChec
 
 
 def _refuse_unserved(folder: Path, raw: dict[str, Any]) -> None:
-    quantization = raw.get("quantization_config")
-    if quantization:
-        method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
-        raise UnsupportedCheckpointError(
-            message(
-                f"The checkpoint is quantised with {method!r}, which is not served yet.",
-                where=folder,
-                allowed="bf16, f16 and f32 safetensors",
-                step="Each expert would have to be dequantised when it is read. Take an unquantised revision of the model.",
-            )
-        )
+    for part in (raw, raw.get("text_config")):
+        if isinstance(part, dict) and part.get("quantization_config"):
+            check_quantization(part["quantization_config"], folder)
     from transformers import CONFIG_MAPPING
 
     model_type = raw.get("model_type")

@@ -22,13 +22,15 @@ from transformers.core_model_loading import (
 )
 
 from swapless.errors import CheckpointCorruptError, UnsupportedFamilyError, message
+from swapless.runtime.door.dequantize import DEQUANTIZE, dequantizer
 from swapless.runtime.door.layout import ExpertParameter, Layout, MoeLayer, aligned
-from swapless.runtime.door.origin import DTYPES, CheckpointOrigin
+from swapless.runtime.door.origin import ALL_DTYPES, DTYPES, CheckpointOrigin
 from swapless.runtime.families import unsupported_family
 from swapless.store.headers import TensorRef
 from swapless.store.matrix import ROW_BLOCK
 
-_SLICEABLE = (MergeModulelist, Concatenate, Transpose, Interleave)
+_SLICEABLE = (MergeModulelist, Concatenate, Transpose, Interleave, *DEQUANTIZE)
+_AGAIN = "Download the checkpoint again."
 _TOP_K_NAMES = ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts", "num_experts_per_token", "moe_top_k")
 
 
@@ -70,7 +72,7 @@ def checkpoint_layout(meta: PreTrainedModel, refs: Mapping[str, TensorRef], dtyp
         raise unsupported_family(meta.config)
     targets = {f"{path}.{name}": (path, name) for path, module in modules.items() for name in expert_parameters(module)}
     names = meta.state_dict()
-    transforms = get_model_conversion_mapping(meta)
+    transforms = get_model_conversion_mapping(meta, hf_quantizer=dequantizer(meta.config))
     renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
     converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
@@ -91,7 +93,7 @@ def checkpoint_layout(meta: PreTrainedModel, refs: Mapping[str, TensorRef], dtyp
         elif target in names:
             ref = refs[key]
             path = target.removesuffix(".weight")
-            if pattern not in by_pattern and path != target and _is_linear(meta, path, ref, routed):
+            if _kept_as_it_is(by_pattern.get(pattern or "")) and path != target and _is_linear(meta, path, ref, routed):
                 linear_keys[key] = path
             non_expert_bytes += int(np.prod(ref.shape)) * dtype.itemsize
     layers = tuple(_moe_layer(path, module, origins, dtype) for path, module in modules.items())
@@ -104,6 +106,11 @@ def checkpoint_layout(meta: PreTrainedModel, refs: Mapping[str, TensorRef], dtyp
         non_expert_bytes=non_expert_bytes,
         per_expert=any(origin.merges() for origin in origins.values()),
     )
+
+
+def _kept_as_it_is(converter: WeightConverter | None) -> bool:
+    # What only dequantises leaves alone what has no scales beside it, and that is what the types of linear weights tell.
+    return converter is None or all(isinstance(op, DEQUANTIZE) for op in converter.operations)
 
 
 def _is_linear(meta: PreTrainedModel, path: str, ref: TensorRef, routed: set[int]) -> bool:
@@ -140,7 +147,7 @@ def _moe_layer(path: str, module: Any, origins: Mapping[str, CheckpointOrigin], 
 def _check_origin(origin: CheckpointOrigin | None, full_name: str, parameter: ExpertParameter, num_experts: int) -> None:
     if origin is None:
         raise CheckpointCorruptError(
-            message("The checkpoint holds no weights for an expert parameter.", where=full_name, step="Download it again.")
+            message("The checkpoint holds no weights for an expert parameter.", where=full_name, step=_AGAIN)
         )
     converter = origin.converter
     for op in converter.operations if converter is not None else ():
@@ -154,6 +161,11 @@ def _check_origin(origin: CheckpointOrigin | None, full_name: str, parameter: Ex
                 )
             )
     merges = origin.merges()
+    bare = origin.without_scales()
+    if bare is not None:
+        raise CheckpointCorruptError(
+            message("Quantised expert weights have no scales beside them.", where=bare.key, got=bare.dtype, step=_AGAIN)
+        )
     for pattern, refs in origin.refs.items():
         count = len(refs) if merges else refs[0].shape[0] if refs[0].shape else 0
         if count != num_experts or (not merges and len(refs) != 1):
@@ -166,13 +178,14 @@ def _check_origin(origin: CheckpointOrigin | None, full_name: str, parameter: Ex
                 )
             )
         for ref in refs:
-            if ref.dtype not in DTYPES:
+            allowed = ALL_DTYPES if origin.dequantizes() else DTYPES
+            if ref.dtype not in allowed:
                 raise CheckpointCorruptError(
                     message(
                         "Expert weights of a type that cannot be computed with.",
                         where=full_name,
                         got=ref.dtype,
-                        allowed=", ".join(DTYPES),
+                        allowed=", ".join(allowed),
                     )
                 )
         odd = next((ref for ref in refs if ref.shape != refs[0].shape), None)

@@ -15,27 +15,12 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from swapless.errors import UnsupportedFamilyError, message
 from swapless.runtime.door.layout import Layout, MoeLayer
 from swapless.runtime.door.match import expert_parameters, is_experts
-from swapless.runtime.door.origin import DTYPES
+from swapless.runtime.door.origin import ALL_DTYPES
 from swapless.store.headers import TensorRef
 from swapless.store.tensors import TensorReader
 
 IMPLEMENTATION = "swapless"
 """Our name in transformers' registry of experts functions."""
-
-_ALL_DTYPES = DTYPES | {
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E8M0": torch.float8_e8m0fnu,
-    "I8": torch.int8,
-    "I16": torch.int16,
-    "I32": torch.int32,
-    "I64": torch.int64,
-    "U8": torch.uint8,
-    "U16": torch.uint16,
-    "U32": torch.uint32,
-    "U64": torch.uint64,
-    "BOOL": torch.bool,
-}
 
 
 def model_class(config: Any) -> type[PreTrainedModel]:
@@ -109,8 +94,11 @@ class _LazyTensor:
         self._ref = ref
         self._reader = reader
 
+    def get_dtype(self) -> str:
+        return self._ref.dtype
+
     def __getitem__(self, index: Any) -> torch.Tensor:
-        flat = torch.from_numpy(self._reader.read(self._ref)).view(_ALL_DTYPES[self._ref.dtype])
+        flat = torch.from_numpy(self._reader.read(self._ref)).view(ALL_DTYPES[self._ref.dtype])
         return flat.view(self._ref.shape)[index]
 
 
