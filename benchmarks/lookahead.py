@@ -4,7 +4,8 @@
 
 Contestants differ in ``prefetch`` alone: none, ``gate`` (one MoE layer ahead) and ``gate:2`` (two). Each is a process of its
 own under the same memory cgroup, decodes the same teacher-forced tokens from a cold page cache, and the order rotates from
-round to round. The engine may switch reading ahead off where it does not pay; the tokens it was on for are given.
+round to round. The engine tries reading ahead in turns with and without, and switches it off where it does not pay: the tokens
+it was on for are given, and the medians of a token in the two halves of the trial.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import json
 import os
 import statistics
 import sys
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -80,10 +82,19 @@ def compare(task: Task, cap_bytes: int | None, rounds: int) -> dict[str, Any]:
             "hit_rate": statistics.median(s["hit_rate"] for s in stats),
             "recall_by_lead": stats[-1]["prefetch_recall"],
             "tokens_on": statistics.median(s["prefetch_tokens"] for s in stats),
+            "switched_off_runs": sum(s["prefetch_times_off"] > 0 for s in stats),
+            "own_s_a_token": _median(s["prefetch_own_s_per_token"] for s in stats),
+            "trial_with_s": _median(s["prefetch_with_s"] for s in stats),
+            "trial_without_s": _median(s["prefetch_without_s"] for s in stats),
             **{what: statistics.median(s[f"prefetch_{what}"] for s in stats) for what in ("reads", "useful", "late", "wasted")},
         }
         CONSOLE.print(f"  {kind}: {json.dumps(table[kind])}", markup=False)
     return table
+
+
+def _median(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.median(known) if known else None
 
 
 def main() -> None:

@@ -62,20 +62,39 @@ def test_skipped_positions_are_left_out(traced, prior, swapless):
     assert {row["tokens"] for row in rows} == {11} and {row["width"] for row in rows} == {1, 2, 5}
 
 
+def write_prompt(path, words, shift):
+    """A prompt as MoE-Beyond's code writes it: 26 MoE layers from block 1 on, a Python list of six ids out of 64."""
+    columns = ["Layer ID", "Batch Number", "Token", "Activated Expert IDs"]
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        rows = csv.writer(file)
+        rows.writerow(columns)
+        for layer in range(1, 27):
+            for word in words:
+                ids = [(shift + layer + 7 * (len(word) + step)) % 64 for step in (4, 0, 2, 5, 1, 3)]
+                rows.writerow([layer, 0, word, ids])
+
+
 def test_a_folder_of_csv_files_is_measured_directly(tmp_path, swapless):
-    for number in (1, 2):
-        with open(tmp_path / f"prompt_{number}.csv", "w", newline="", encoding="utf-8") as file:
-            rows = csv.writer(file)
-            rows.writerow(["Layer ID", "Token", "Activated Expert IDs"])
-            for layer in (1, 2):
-                rows.writerows([layer, word, [number, layer + 7]] for word in ("the", " cat", " sat"))
+    learned, measured = tmp_path / "train", tmp_path / "test"
+    words = ["<\uff5cbegin\u2581of\u2581sentence\uff5c>", "The", "\u0120cat", ",", '"', "\u0120sat", "\u010a", "\u0120\u4e94"]
+    for folder, numbers in ((learned, (1, 2, 10)), (measured, (1, 11))):
+        folder.mkdir()
+        for number in numbers:
+            write_prompt(folder / f"prompt_{number}.csv", words[: 3 + number], shift=3 if number == 11 else 0)
     out = tmp_path / "p"
-    done = swapless("predict", "train", tmp_path, "--kind", "token_prior", "--out", out, "--model-id", "made/csv", "-q")
+    model = ("--model-id", "deepseek-ai/DeepSeek-V2-Lite-Chat")
+    done = swapless("predict", "train", learned, "--kind", "token_prior", "--out", out, *model, "-q")
     assert done.exit_code == 0, done.stderr
-    done = swapless("predict", "eval", out, tmp_path, "--lead", "1", "--json")
+    done = swapless("predict", "eval", out, measured, "--lead", "1,3,token", "--json")
     assert done.exit_code == 0, done.stderr
     assert done.stderr.count("names no model") == 1
-    assert json.loads(done.stdout)[0]["recall"] == pytest.approx(0.75)
+    rows = json.loads(done.stdout)
+    assert {row["moe_layer"] for row in rows} == {None, *range(26)} and {row["tokens"] for row in rows} == {4 + len(words)}
+    whole = [row for row in rows if row["moe_layer"] is None and row["width"] == 6]
+    assert [row["lead"] for row in whole] == [1, 3, "token"] and whole[0]["exact_set_rate"] < 1
+    # One file alone: its tokens went where they went in training, those of prompt 11 did not.
+    alone = json.loads(swapless("predict", "eval", out, measured / "prompt_1.csv", "--lead", "1", "--json").stdout)
+    assert alone[0]["recall"] == 1 and 0 < whole[0]["recall"] < 1
 
 
 def test_bad_input_is_said_in_one_message(traced, prior, tmp_path, swapless):

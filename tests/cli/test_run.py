@@ -6,6 +6,12 @@ import json
 
 import pytest
 
+from swapless.cli.session import ahead_line
+from swapless.predict import make_predictor
+from swapless.predict.saved import save_predictor
+from swapless.runtime.stats import Stats
+from tests.predict.made import made_trace
+
 PROMPT = "Once upon a time"
 FIELDS = {
     "text": str,
@@ -33,6 +39,11 @@ FIELDS = {
     "prefetch_tokens": int,
     "prefetch_on": bool,
     "prefetch_recall": dict,
+    "prefetch_own_s": float,
+    "prefetch_own_s_per_token": type(None),
+    "prefetch_with_s": type(None),
+    "prefetch_without_s": type(None),
+    "prefetch_times_off": int,
     "peak_memory_bytes": int,
     "peak_memory_source": str,
     "memory_budget_bytes": int,
@@ -80,6 +91,48 @@ def test_reading_ahead_changes_nothing_but_the_reads(run, reference):
     assert done.exit_code == 0, done.stderr
     assert done.stdout == reference + "\n"
     assert "read ahead" in done.stderr and "at lead 1" in done.stderr
+
+
+def test_a_predictor_of_this_model_reads_ahead_and_one_of_another_is_refused(run, reference, checkpoint, swapless, tmp_path):
+    prompts, trace, saved = tmp_path / "prompts.txt", tmp_path / "t.parquet", tmp_path / "p"
+    prompts.write_text("The cat sat on the mat. The dog saw the cat.\nOne and one is two.\n", encoding="utf-8")
+    for command in (
+        ("record", checkpoint, "--prompts", prompts, "--decode", 20, "--out", trace),
+        ("predict", "train", trace, "--kind", "linear", "--out", saved),
+    ):
+        assert swapless(*command, "-q").exit_code == 0
+    done = run("--prompt", PROMPT, "--prefetch", saved)
+    assert done.exit_code == 0 and done.stdout == reference + "\n"
+    assert "at lead 2" in done.stderr and "ms a token to foresee" in done.stderr and "still on trial" in done.stderr
+    shown = json.loads(run("--prompt", PROMPT, "--prefetch", saved, "--json").stdout)
+    assert shown["text"] == reference and shown["prefetch_on"] and shown["prefetch_own_s_per_token"] > 0
+    assert shown["prefetch_useful"] + shown["prefetch_late"] + shown["prefetch_wasted"] <= shown["prefetch_reads"]
+
+    assert swapless("predict", "train", trace, "--kind", "eam", "--out", tmp_path / "eam", "-q").exit_code == 0
+    save_predictor(tmp_path / "other", make_predictor("popularity").fit(made_trace(layers=6, experts=16)))
+    for file, code, said in (
+        ("other", 1, "fitted for another model. Where"),
+        ("eam", 2, "Allowed: linear"),
+        ("nowhere", 2, "no file of that name"),
+    ):
+        done = run("--prompt", PROMPT, "--prefetch", tmp_path / file)
+        assert done.exit_code == code and said in done.stderr and "Traceback" not in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("with_s", "without_s", "said"),
+    [
+        (None, None, "still on trial"),
+        (0.05, 0.04, "switched off, as it does not pay: 50.00 ms a token with it, 40.00 ms without"),
+        (0.03, 0.04, "kept, as it pays: 30.00 ms a token with it, 40.00 ms without"),
+    ],
+)
+def test_the_summary_says_whether_reading_ahead_pays(with_s, without_s, said):
+    stats = Stats(prefetch_tokens=32, prefetch_own_s=0.016, prefetch_with_s=with_s, prefetch_without_s=without_s)
+    lines = dict(ahead_line(stats.to_dict()))
+    assert lines["reading ahead"] == said
+    assert lines["foreseen"] == "-; 0.50 ms a token to foresee them"
+    assert ahead_line(Stats().to_dict()) == []
 
 
 def test_json_is_one_document_with_every_field(run, reference, checkpoint):

@@ -105,7 +105,10 @@ Policy = Annotated[
 ]
 Prefetch = Annotated[
     str | None,
-    typer.Option(metavar="KIND", help="Read ahead: 'gate' asks the next MoE layer's router in advance, 'gate:2' the next two."),
+    typer.Option(
+        metavar="gate|FILE",
+        help="Read ahead: 'gate' asks the next MoE layer's router in advance, 'gate:2' the next two; a FILE of predict train.",
+    ),
 ]
 Seed = Annotated[int, typer.Option(metavar="N", min=0, help="Seed of the sampling.")]
 Threads = Annotated[int | None, typer.Option(metavar="N", min=1, help="Threads to compute with.", show_default="all cores")]

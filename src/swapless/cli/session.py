@@ -214,8 +214,18 @@ def ahead_line(figures: dict[str, Any]) -> list[tuple[str, str]]:
         return []
     reads = ", ".join(f"{figures[f'prefetch_{kind}']} {kind}" for kind in ("useful", "late", "wasted"))
     foreseen = ", ".join(f"{share(value)} at lead {lead}" for lead, value in figures["prefetch_recall"].items())
-    on = "on" if figures["prefetch_on"] else "off again, as it did not pay"
-    return [("read ahead", f"{figures['prefetch_reads']} experts: {reads}; foreseen {foreseen or '-'}; {on}")]
+    own = f"{milliseconds(figures['prefetch_own_s_per_token'])} a token to foresee them"
+    with_it, without = (figures[f"prefetch_{way}_s"] for way in ("with", "without"))
+    if with_it is None:
+        verdict = "still on trial"
+    else:
+        times = f"{milliseconds(with_it)} a token with it, {milliseconds(without)} without"
+        verdict = f"kept, as it pays: {times}" if with_it < without else f"switched off, as it does not pay: {times}"
+    return [
+        ("read ahead", f"{figures['prefetch_reads']} experts: {reads}"),
+        ("foreseen", f"{foreseen or '-'}; {own}"),
+        ("reading ahead", verdict),
+    ]
 
 
 def rate(value: float | None) -> str:
@@ -226,6 +236,11 @@ def rate(value: float | None) -> str:
 def seconds(value: float | None) -> str:
     """Seconds with two digits, or a dash."""
     return "-" if value is None else f"{value:.2f} s"
+
+
+def milliseconds(value: float | None) -> str:
+    """Milliseconds with two digits, or a dash."""
+    return "-" if value is None else f"{1000 * value:.2f} ms"
 
 
 def share(value: float | None) -> str:

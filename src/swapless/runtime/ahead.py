@@ -7,29 +7,45 @@ for, *late* if it is still under way then, and *wasted* if its MoE layer is gone
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any, Protocol
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
+from swapless.notation import Phase
 from swapless.runtime.loader import PREFETCH, Loader, Read, Ticket
+from swapless.runtime.routing import Step
 
 Key = tuple[int, int]
 """MoE layer and expert."""
 
 
+class Foreseen(NamedTuple):
+    """Experts foreseen for a later MoE layer, likeliest first, and how many of the first are worth a read."""
+
+    moe_layer: int
+    experts: list[int]
+    worth: int
+
+
 class Lookahead(Protocol):
     """Says which experts come next."""
 
-    def foresee(self, moe_layer: int, hidden_TD: torch.Tensor) -> Iterable[tuple[int, list[int]]]:
-        """Later MoE layers and the experts foreseen for each, nearest layer first, likeliest expert first.
-
-        Asked in decode when the experts of ``moe_layer`` are known; ``hidden_TD`` is what they are given.
-        """
+    def begin(self, step: Step) -> None:
+        """A forward call of the whole model begins."""
         ...
 
     def seen(self, moe_layer: int, ids_TK: torch.Tensor) -> None:
         """The experts of a MoE layer as its router chose them: called in every block, before :meth:`foresee`."""
+        ...
+
+    def foresee(self, moe_layer: int, hidden_TD: torch.Tensor | None) -> Sequence[Foreseen]:
+        """What is foreseen for later MoE layers, nearest layer first.
+
+        Asked in decode, at the beginning of a step (``moe_layer`` -1, no hidden state yet) and then when the experts of
+        ``moe_layer`` are known; ``hidden_TD`` is what they are given.
+        """
         ...
 
 
@@ -57,10 +73,11 @@ class ReadAhead:
         """Begin to read what is not here yet, as far as there is room."""
         for expert in experts:
             key = moe_layer, expert
-            if not self._free:
-                return
+            self._passed.discard(key)  # foreseen again, for the next token, before its read for this one has ended
             if key in self._here or key in self._under_way:
                 continue
+            if not self._free:
+                return
             self._under_way[key] = self._loader.submit(moe_layer, expert, self._free.pop(), PREFETCH)
             self.reads += 1
 
@@ -134,6 +151,15 @@ class Governor:
 
     A trial of four short windows, with, without, with, without, decides for a while; then another trial, since the text
     and the disk change.
+
+    Attributes
+    ----------
+    on : bool
+        Whether to read ahead now.
+    with_s, without_s : float or None
+        Medians of the last whole trial, in seconds a token; None before the first.
+    times_off : int
+        Trials that ended with it off.
     """
 
     TRIAL_WINDOWS = 4
@@ -142,6 +168,9 @@ class Governor:
 
     def __init__(self) -> None:
         self.on = True
+        self.with_s: float | None = None
+        self.without_s: float | None = None
+        self.times_off = 0
         self._trial: list[list[float]] | None = [[]]
         self._held = 0
 
@@ -161,7 +190,9 @@ class Governor:
             return
         # The first token after a change still lives on what the other way left behind.
         with_it, without = (sorted(seconds for window in self._trial[first::2] for seconds in window[1:]) for first in (0, 1))
-        self.on = with_it[len(with_it) // 2] < without[len(without) // 2]
+        self.with_s, self.without_s = with_it[len(with_it) // 2], without[len(without) // 2]
+        self.on = self.with_s < self.without_s
+        self.times_off += not self.on
         self._trial, self._held = None, 0
 
 
@@ -184,6 +215,7 @@ class Prefetcher:
         self._resident = resident
         self._governor = Governor()
         self._foreseen: dict[tuple[int, int], list[int]] = {}
+        self._decode = False
         self.reset_stats()
 
     def reset_stats(self) -> None:
@@ -191,6 +223,8 @@ class Prefetcher:
         self._asked: dict[int, int] = {}
         self._right: dict[int, int] = {}
         self._tokens = 0
+        self._own_s = 0.0
+        self._governor.times_off = 0
         self.reads.reads = self.reads.useful = self.reads.late = self.reads.wasted = 0
 
     def figures(self) -> dict[str, Any]:
@@ -203,12 +237,30 @@ class Prefetcher:
             "prefetch_tokens": self._tokens,
             "prefetch_on": self._governor.on,
             "prefetch_recall": {lead: self._right[lead] / asked for lead, asked in sorted(self._asked.items())},
+            "prefetch_own_s": self._own_s,
+            "prefetch_with_s": self._governor.with_s,
+            "prefetch_without_s": self._governor.without_s,
+            "prefetch_times_off": self._governor.times_off,
         }
 
-    def chosen(self, moe_layer: int, ids_TK: torch.Tensor, experts: Iterable[int], *, decode: bool) -> None:
+    def begin(self, step: Step) -> None:
+        """A forward call of the whole model begins; in decode, foresee its first MoE layers."""
+        self._decode = step.phase is Phase.DECODE
+        self._foreseen = {}
+        begun = time.perf_counter()
+        self._lookahead.begin(step)
+        self._charge(begun)
+        if self._decode:
+            self.look(-1, None)
+        else:
+            self.reads.pass_by()
+
+    def chosen(self, moe_layer: int, ids_TK: torch.Tensor, experts: Iterable[int]) -> None:
         """The router of a MoE layer has chosen these distinct experts."""
+        begun = time.perf_counter()
         self._lookahead.seen(moe_layer, ids_TK)
-        if not decode:
+        self._charge(begun)
+        if not self._decode:
             return
         wanted = set(experts)
         for key in [key for key in self._foreseen if key[0] == moe_layer]:
@@ -216,16 +268,23 @@ class Prefetcher:
             self._asked[lead] = self._asked.get(lead, 0) + len(wanted)
             self._right[lead] = self._right.get(lead, 0) + len(wanted.intersection(foreseen))
 
-    def look(self, moe_layer: int, hidden_TD: torch.Tensor) -> None:
+    def look(self, moe_layer: int, hidden_TD: torch.Tensor | None) -> None:
         """Foresee and begin to read, while it pays."""
         if not self._governor.on:
             return
-        for later, experts in self._lookahead.foresee(moe_layer, hidden_TD):
+        begun = time.perf_counter()
+        found = self._lookahead.foresee(moe_layer, hidden_TD)
+        self._charge(begun)
+        for later, experts, worth in found:
             self._foreseen[later, later - moe_layer] = experts
-            self.reads.fetch(later, [expert for expert in experts if not self._resident(later, expert)])
+            self.reads.fetch(later, [expert for expert in experts[:worth] if not self._resident(later, expert)])
 
     def token_done(self, seconds: float) -> None:
         """A decode step took so long."""
         self._tokens += self._governor.on
-        self._foreseen = {}
         self._governor.token_done(seconds)
+
+    def _charge(self, begun: float) -> None:
+        """Time of the look-ahead itself; in prefill it is part of the time to the first token and of no token's."""
+        if self._decode:
+            self._own_s += time.perf_counter() - begun

@@ -128,11 +128,11 @@ class Engine:
             raise ClosedError(message("The model was closed.", step="Load it again with swapless.load."))
         self._phase = step.phase
         self._routing.begin(step)
-        if self._fetcher.prefetcher is not None and step.phase is Phase.PREFILL:
-            self._fetcher.prefetcher.reads.pass_by()
         self._step_rows = int(step.valid.sum())
         self._stalled_before = self._fetcher.counts["stall_s"]
         self._step_started = time.perf_counter()
+        if self._fetcher.prefetcher is not None:
+            self._fetcher.prefetcher.begin(step)
 
     def end_step(self) -> None:
         """The forward call is complete."""
@@ -180,8 +180,7 @@ class Engine:
             served = self._cache.request(moe_layer, ids, self._phase)
             if self._fetcher.prefetcher is not None:
                 self._fetcher.collect()
-                decode = self._phase is Phase.DECODE
-                self._fetcher.prefetcher.chosen(moe_layer, ids_TK, served.experts.tolist(), decode=decode)
+                self._fetcher.prefetcher.chosen(moe_layer, ids_TK, served.experts.tolist())
             tokens = routed(hidden_TD, ids, weights_TK)
             if self._phase is Phase.DECODE:
                 out = self._decode(module, moe_layer, served, tokens, accumulator(module, hidden_TD, weights_TK), hidden_TD)

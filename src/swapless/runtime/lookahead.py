@@ -6,14 +6,16 @@ It costs one small product a layer and needs no training.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from swapless.errors import UnsupportedOperationError, message
+from swapless.runtime.ahead import Foreseen
 from swapless.runtime.routers import near_experts
+from swapless.runtime.routing import Step
 
 
 class GateLookahead:
@@ -49,6 +51,9 @@ class GateLookahead:
 
         return remember
 
+    def begin(self, step: Step) -> None:
+        """The routers need to know nothing of it."""
+
     def seen(self, moe_layer: int, ids_TK: torch.Tensor) -> None:
         """Learn which part of the block routed, the first time.
 
@@ -75,8 +80,11 @@ class GateLookahead:
         )
 
     @torch.no_grad()
-    def foresee(self, moe_layer: int, hidden_TD: torch.Tensor) -> Iterable[tuple[int, list[int]]]:
-        """Experts of the later layers, those that most rows want first."""
+    def foresee(self, moe_layer: int, hidden_TD: torch.Tensor | None) -> Sequence[Foreseen]:
+        """Experts of the later layers, those that most rows want first; before the first block there is nothing to ask with."""
+        if hidden_TD is None:
+            return []
+        found = []
         for lead in self._leads:
             later = moe_layer + lead
             if later >= self._num_moe_layers or later not in self._routers:
@@ -84,8 +92,8 @@ class GateLookahead:
             module, place, dim = self._routers[later]
             # Hooks belong to the model's own calls: this one is not the model's.
             ids = module.forward(hidden_TD if dim == 2 else hidden_TD[None])[place].reshape(-1)
-            if len(hidden_TD) == 1:
-                yield later, ids.tolist()
-            else:
-                experts, uses = ids.unique(return_counts=True)
-                yield later, experts[uses.argsort(descending=True, stable=True)].tolist()
+            if len(hidden_TD) > 1:
+                ids, uses = ids.unique(return_counts=True)
+                ids = ids[uses.argsort(descending=True, stable=True)]
+            found.append(Foreseen(later, ids.tolist(), len(ids)))
+        return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,17 +17,18 @@ from swapless.cache.residency import layer_pools
 from swapless.cache.serve import ExpertCache
 from swapless.errors import CheckpointCorruptError, UsageError, message
 from swapless.notation import Phase
+from swapless.runtime.ahead import Lookahead
 from swapless.runtime.budget import Budget, plan_budget
 from swapless.runtime.compute import Experts
 from swapless.runtime.door import experts_of, load_non_experts
 from swapless.runtime.dry import dry_run
 from swapless.runtime.engine import Engine
-from swapless.runtime.lookahead import GateLookahead
 from swapless.runtime.memory import MemoryMeter, available_bytes
 from swapless.runtime.offloaded import offloaded_class
 from swapless.runtime.open import OpenCheckpoint, open_checkpoint
-from swapless.runtime.parts import budget_shape, computation, context_of, gate_leads, open_store, parts_to_come, sample_extents
+from swapless.runtime.parts import budget_shape, computation, context_of, open_store, parts_to_come, sample_extents
 from swapless.runtime.pool import SlotPool
+from swapless.runtime.prefetch import prefetch_of
 from swapless.runtime.routing import RoutingLog
 from swapless.runtime.source import checkpoint_folder
 from swapless.runtime.steps import StepHooks
@@ -50,7 +52,7 @@ def load(
     *,
     resident: str | float | None = None,
     policy: str | Policy = DEFAULT_POLICY,
-    prefetch: str | None = None,
+    prefetch: str | Path | None = None,
     context: int | None = None,
     revision: str | None = None,
     token: str | None = None,
@@ -76,9 +78,10 @@ def load(
         Instead of ``memory``: the share of all experts to keep, ``"25%"`` or 0.25.
     policy : str or Policy
         Who goes when a slot is needed: a name from the registry, or a policy of your own.
-    prefetch : str, optional
+    prefetch : str or Path, optional
         Read ahead what the routers of the next MoE layers say of this one's input: ``"gate"``, or ``"gate:2"`` for two layers
-        ahead. Output stays the same, bit for bit. It switches itself off while it does not pay.
+        ahead; or what a saved predictor says: its file. Output stays the same, bit for bit. It switches itself off while it
+        does not pay. The memory that a predictor takes is part of the budget.
     context : int, optional
         Most tokens a sequence may have; the KV cache and activations of so many are set aside. Default: 4096, or the
         model's own limit if that is less.
@@ -107,12 +110,13 @@ def load(
         The family does not come through transformers' experts interface. Nothing is ever loaded in full instead.
     BudgetError
         The budget is below the floor, which the message names.
+    PredictorError
+        ``prefetch`` is a file that is no predictor, or (PredictorMismatchError) a predictor of another model.
     UsageError
         Unknown policy, malformed size, both ``memory`` and ``resident``, unknown ``prefetch``.
     """
     chosen: Policy = POLICIES.get(policy)() if isinstance(policy, str) else policy
     total_bytes, share = _target(memory, resident)
-    leads = gate_leads(prefetch)
     report = progress or (lambda stage, done: None)
     meter = MemoryMeter()
     base_bytes = meter.now_bytes()
@@ -121,9 +125,11 @@ def load(
     opened = open_checkpoint(folder, dtype)
     if check and opened.manifest is None:
         raise UsageError(message("Only a packed store has checksums to check.", got=folder, step="Leave check out."))
+    model_id = _model_id(checkpoint)
+    ahead = prefetch_of(prefetch, opened, model_id)
     context_tokens = context_of(context, opened.config)
     layers = opened.layout.moe_layers
-    shape = budget_shape(opened, context_tokens, leads)
+    shape = budget_shape(opened, context_tokens, ahead.leads if ahead else [])
     if memory == "auto" or (total_bytes is None and share is None):
         total_bytes = base_bytes + int(_AUTO_SHARE * available_bytes())
     fixed = {"base": base_bytes, "non_expert": opened.layout.non_expert_bytes}
@@ -135,18 +141,22 @@ def load(
     _warm_kernels(chosen)
     compute = computation(opened)
     dry = dry_run(model)
+    lookahead = None
+    if ahead is not None:
+        before_bytes = meter.now_bytes()
+        lookahead = ahead.open(model)
+        fixed["prediction"] = max(0, meter.now_bytes() - before_bytes)
     store = open_store(opened, check)
     measured = probe(store.reader, sample_extents(store, layers))
-    now_bytes = meter.now_bytes()
-    fixed |= {"loading": max(0, now_bytes - sum(fixed.values()))}
+    fixed |= {"loading": max(0, meter.now_bytes() - sum(fixed.values()))}
     fixed |= parts_to_come(opened, chosen, dry, context_tokens, measured.depth * store.bounce_bytes)
+    if ahead is not None:
+        fixed["prediction"] += ahead.growth_bytes(context_tokens)
     budget = plan_budget(total_bytes=total_bytes, resident_share=share, fixed_parts=fixed, **shape)
+    budget = replace(budget, warnings=(*budget.warnings, *(ahead.notes if ahead else ())))
     report("opening slots", 0.9)
-    lookahead = GateLookahead(model, leads) if leads else None
     pool = SlotPool(layers, budget.slots + budget.staging_slots + budget.ahead_slots)
-    engine = _engine(
-        opened, chosen, store, pool, compute.of(pool), budget, measured, meter, _model_id(checkpoint), dry.top_k, lookahead
-    )
+    engine = _engine(opened, chosen, store, pool, compute.of(pool), budget, measured, meter, model_id, dry.top_k, lookahead)
     for moe_layer, (_, module) in enumerate(experts_of(model)):
         module.swapless_engine = engine  # type: ignore[assignment]
         module.swapless_moe_layer = moe_layer  # type: ignore[assignment]
@@ -238,7 +248,7 @@ def _engine(
     meter: MemoryMeter,
     model_id: str,
     top_k: int,
-    lookahead: GateLookahead | None,
+    lookahead: Lookahead | None,
 ) -> Engine:
     layers = opened.layout.moe_layers
     num_experts = max(layer.num_experts for layer in layers)

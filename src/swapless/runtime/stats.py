@@ -17,8 +17,12 @@ class Stats:
 
     Of the experts read ahead, ``prefetch_useful`` were there when asked for, ``prefetch_late`` still under way, and
     ``prefetch_wasted`` not asked for. They are no hits: ``hits`` is what the cache held. ``prefetch_tokens`` are the decode
-    steps with it on, ``prefetch_on`` says whether it is now, and ``prefetch_recall`` gives, by MoE layers of lead, the share of
-    requests that were foreseen.
+    steps with it on, and ``prefetch_recall`` gives, by MoE layers of lead, the share of their requests that were foreseen.
+    ``prefetch_own_s`` is what foreseeing itself took in decode; it is part of ``compute_s`` and of every token's time.
+
+    Reading ahead is tried in turns with and without: ``prefetch_with_s`` and ``prefetch_without_s`` are medians of a token in
+    the last whole trial (None before the first), ``prefetch_on`` says whether it is on now, and ``prefetch_times_off`` how
+    many trials ended with it off because it cost more than it saved.
     """
 
     requests: int = 0
@@ -45,6 +49,10 @@ class Stats:
     prefetch_tokens: int = 0
     prefetch_on: bool = False
     prefetch_recall: dict[int, float] = field(default_factory=dict)
+    prefetch_own_s: float = 0.0
+    prefetch_with_s: float | None = None
+    prefetch_without_s: float | None = None
+    prefetch_times_off: int = 0
     peak_memory_bytes: int = 0
     peak_memory_source: str = "unknown"
 
@@ -58,6 +66,12 @@ class Stats:
         """Decoded tokens over the time of their steps, None before the first."""
         return self.decode_tokens / self.decode_s if self.decode_s else None
 
+    @property
+    def prefetch_own_s_per_token(self) -> float | None:
+        """Time that foreseeing took a decode step with it on, None before the first."""
+        return self.prefetch_own_s / self.prefetch_tokens if self.prefetch_tokens else None
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON, the derived rates included."""
-        return asdict(self) | {"hit_rate": self.hit_rate, "decode_tokens_per_s": self.decode_tokens_per_s}
+        rates = ("hit_rate", "decode_tokens_per_s", "prefetch_own_s_per_token")
+        return asdict(self) | {name: getattr(self, name) for name in rates}
