@@ -39,7 +39,8 @@ def _trial() -> dict[str, Any]:
     import swapless
 
     transformers.utils.logging.set_verbosity_error()
-    with swapless.load(embedded.path(), resident=1.0) as model:
+    model: Any = swapless.load(embedded.path(), resident=1.0)
+    with model:
         return dict(model.swapless.budget.parts)
 
 

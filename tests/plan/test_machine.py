@@ -1,0 +1,78 @@
+"""Figures of this machine: kept while they are of it, measured anew when it changes."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from swapless.errors import WriteError
+from swapless.plan.machine import Free, cache_folder, identity, machine, probe_disk, probe_files
+from tests.plan.conftest import made_machine
+
+
+def test_what_was_kept_is_taken(kept_machine: Path) -> None:
+    found = machine()
+    assert found == made_machine(identity=identity())
+    assert found.read_at(900_000).block_bytes == 1 << 20
+
+
+def test_identity_has_no_name_of_the_machine() -> None:
+    assert os.uname().nodename not in json.dumps(identity()).split('"')
+
+
+@pytest.mark.parametrize("damage", ["not JSON", "[]", '{"format_version": 0}', '{"format_version": 1, "reads": [1]}'])
+def test_a_damaged_file_is_as_none(damage: str, kept_machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from swapless.plan.machine import _read
+
+    (kept_machine / "machine.json").write_text(damage)
+    assert _read(kept_machine / "machine.json") is None
+
+
+@pytest.mark.slow
+def test_measured_kept_and_measured_anew(tmp_path: Path) -> None:
+    first = machine(folder=tmp_path)
+    assert first.identity == identity() and first.base_bytes > 100 << 20
+    assert all(rate > 1e7 for rate in first.weights_per_s.values())
+    assert set(first.weights_per_s) == {"bf16", "int8", "expert bf16", "expert int8", "expert int4"}
+    assert [file.name for file in tmp_path.iterdir()] == ["machine.json"], "nothing is left beside it"
+    assert machine(folder=tmp_path) == first
+    document = json.loads((tmp_path / "machine.json").read_text())
+    document["identity"]["threads"] += 1
+    (tmp_path / "machine.json").write_text(json.dumps(document))
+    again = machine(folder=tmp_path)
+    assert again.identity == identity() and again != first
+    assert machine(folder=tmp_path, fresh=True) != again
+
+
+def test_the_disk_is_probed_at_several_sizes(tmp_path: Path) -> None:
+    found = probe_disk(tmp_path)
+    assert [probe.block_bytes for probe in found] == [1 << 18, 1 << 20, 1 << 22]
+    assert not list(tmp_path.iterdir())
+
+
+def test_files_smaller_than_a_block_are_read_whole(tmp_path: Path) -> None:
+    (tmp_path / "small").write_bytes(b"x" * 5000)
+    (tmp_path / "large").write_bytes(b"x" * 50_000)
+    assert probe_files([tmp_path / "small", tmp_path / "large"], 8192, budget_s=0.01).bytes_per_s[1] > 0
+
+
+def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(WriteError, match="XDG_CACHE_HOME"):
+        machine(folder=tmp_path / "file" / "cache")
+
+
+def test_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache_folder() == tmp_path / "swapless"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cache_folder() == tmp_path / ".cache" / "swapless"
+
+
+def test_what_is_free_is_asked_where_something_exists(tmp_path: Path) -> None:
+    found = Free.of(tmp_path / "not" / "there")
+    assert found.disk_bytes > 0 and 0 < found.memory_bytes <= found.limit_bytes

@@ -1,0 +1,72 @@
+"""Time of a token from hits and misses, against the timeline and by hand."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from swapless.cache.devices import DeviceProfile
+from swapless.cache.replay import replay
+from swapless.cache.timeline import BlockTime, timeline
+from swapless.plan.speed import Costs, binomial, speed, speed_ahead
+from tests.cache.made import made_trace
+
+
+def costs(**figures) -> Costs:
+    given = {"num_moe_layers": 3, "top_k": 2, "other_s": 6.0, "expert_s": 0.5, "lone_expert_s": 0.5}
+    return Costs(**given | {"read_bytes": 4, "parts": 1, "bytes_per_s": {1: 2.0}} | figures)
+
+
+@pytest.mark.parametrize("bytes_per_s", [0.5, 2.0, 4.0, 100.0])
+def test_a_replay_s_misses_take_what_the_timeline_says(bytes_per_s):
+    trace = made_trace(scores=False)
+    found = replay(trace, "lru", 3)
+    missed = (found.tally.requests - found.tally.hits).reshape(-1)
+    misses = np.bincount(missed, minlength=3) / len(missed)
+    block = BlockTime(attention_s=1.5, shared_s=0.5, expert_s=0.5)
+    device = DeviceProfile(name="made", bytes_per_s=bytes_per_s)
+    slow = timeline(trace, "lru", 3, device, block=block, expert_bytes=4)
+    # The shared expert is computed while reads are under way; a plan does not know of it and takes it as before them.
+    plain = timeline(trace, "lru", 3, device, block=BlockTime(attention_s=2.0, shared_s=0, expert_s=0.5), expert_bytes=4)
+    ours = speed(costs(bytes_per_s={1: bytes_per_s}), misses)
+    assert ours.tokens_per_s == pytest.approx(plain.tokens_per_s)
+    assert ours.tokens_per_s <= slow.tokens_per_s * (1 + 1e-9)
+    assert ours.bytes_a_token == pytest.approx(plain.row()["bytes_moved_per_token"])
+
+
+def test_by_hand():
+    # A layer of two misses: reads end at 2 and 4 s, the second is computed till 4.5; 2 s of all else before.
+    found = speed(costs(), np.array([0.0, 0.0, 1.0]))
+    assert found.token_s == pytest.approx(3 * (2 + 4.5))
+    assert found.compute_s == pytest.approx(3 * (2 + 1))
+    assert found.floor_s == pytest.approx(3 * 4), "12 s of bytes are more than 9 s of compute"
+    assert speed(costs(), np.array([1.0, 0, 0])).token_s == pytest.approx(9)
+
+
+def test_more_reads_in_flight_are_faster_only_where_there_are_so_many():
+    deep = costs(bytes_per_s={1: 2.0, 2: 4.0})
+    assert deep.reading_s(1) == 2.0 and deep.reading_s(2) == 1.0
+    assert costs(bytes_per_s={1: 2.0, 2: 4.0}, parts=2).reading_s(1) == 1.0
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.3, 0.9, 1.0])
+def test_a_hit_rate_spread_over_the_requests_of_a_layer(rate):
+    misses = binomial(8, rate)
+    assert misses.sum() == pytest.approx(1)
+    assert misses @ np.arange(9) == pytest.approx(8 * (1 - rate))
+
+
+@pytest.mark.parametrize("bytes_per_s", [0.2, 1.0, 2.0, 4.0, 50.0])
+@pytest.mark.parametrize("rate", [0.0, 0.4, 0.9])
+def test_reading_ahead_never_beats_the_floor_nor_doubles_the_speed(bytes_per_s, rate):
+    given, misses = costs(bytes_per_s={1: bytes_per_s}), binomial(2, rate)
+    without, ahead = speed(given, misses), speed_ahead(given, misses)
+    assert ahead.token_s >= ahead.floor_s
+    assert without.token_s / 2 - 1e-9 <= ahead.token_s <= without.token_s + 1e-9 or ahead.token_s == ahead.floor_s
+    assert ahead.bytes_a_token >= without.bytes_a_token
+
+
+def test_reading_ahead_helps_where_the_link_is_idle():
+    given, misses = costs(bytes_per_s={1: 4.0}), binomial(2, 0.5)
+    assert speed_ahead(given, misses).token_s < speed(given, misses).token_s
+    assert speed_ahead(given, binomial(2, 1.0)).token_s == speed(given, binomial(2, 1.0)).token_s
