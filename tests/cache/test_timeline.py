@@ -12,7 +12,7 @@ from swapless.cache.capacity import pools_for
 from swapless.cache.devices import DeviceProfile, device_profile, device_profiles
 from swapless.cache.foresight import Foresight, clairvoyant
 from swapless.cache.replay import replay
-from swapless.cache.timeline import BlockTime, timeline
+from swapless.cache.timeline import BlockTime, staging_room, timeline
 from swapless.errors import DeviceProfileError, UnknownNameError, UsageError
 from swapless.trace import Trace
 from tests.cache.made import made_trace
@@ -93,7 +93,8 @@ def test_the_slow_twin_says_the_same(trace, figures, more):
     for kind, capacity in (("layer", 3), ("shared", 9)):
         pools = pools_for(capacity, 3, 8, 2, kind)
         found = timeline(trace, "lru", pools, device(**figures), block=BLOCK, expert_bytes=2, foresight=given).times
-        slow = slow_timeline(trace, pools, device(**figures), BLOCK, 2, given)
+        room = given and staging_room(given, trace, device(**figures), block=BLOCK, expert_bytes=2)
+        slow = slow_timeline(trace, pools, device(**figures), BLOCK, 2, given, room)
         fast = zip(found.compute_s, found.stall_s, found.reads, found.useful, found.late, found.wasted)
         for one, other in zip(fast, slow, strict=True):
             assert one == pytest.approx(other, abs=1e-6)
@@ -150,6 +151,17 @@ def test_what_predicting_takes_is_compute(trace):
         assert found.times.compute_s.sum() == pytest.approx(plain.times.compute_s.sum() + 0.6 * len(trace))
         assert plain.seconds < found.seconds <= plain.seconds + 0.6 * len(trace) + 1e-6
         assert found.row()["predictor_s_per_token"] == 0.6
+
+
+def test_room_is_what_the_link_can_use(trace):
+    """A block computes 4 s (attention 2, shared 1, K = 2 experts of 0.5)."""
+    for read_s, lead, room in ((8, 1, 2), (8, 2, 4), (4, 3, 4), (1e-6, 1, 2), (1e-6, "token", 4)):
+        given = clairvoyant(trace, lead)
+        assert staging_room(given, trace, device(bytes_per_s=1 / read_s), block=BLOCK, expert_bytes=1) == room
+    wide = made_trace(scores=False, experts=12, top_k=6)  # computes 6 s
+    for read_s, room in ((7, 2), (5, 3), (2, 4), (0.1, 6)):
+        assert staging_room(clairvoyant(wide, 1), wide, device(bytes_per_s=1 / read_s), block=BLOCK, expert_bytes=1) == room
+    assert staging_room(clairvoyant(wide, 1, staging_experts=9), wide, device(), expert_bytes=1) == 9
 
 
 def test_room_comes_out_of_the_slots():

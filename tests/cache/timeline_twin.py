@@ -26,9 +26,9 @@ class Link:
 class Reader:
     """Reads ahead: keeps what is foreseen and not yet gone past, what it was worth so far, and what has been read."""
 
-    def __init__(self, foresight, trace, link):
+    def __init__(self, foresight, trace, link, room):
         self.levels, self.link, self.width = foresight.levels, link, foresight.width or trace.top_k
-        self.room, self.experts = foresight.room(trace.top_k), trace.num_experts
+        self.room, self.experts = room, trace.num_experts
         self.outcomes, self.foreseen, self.staged = defaultdict(list), [], {}
 
     def foresee(self, token, layer, resident):
@@ -59,12 +59,12 @@ class Reader:
                 self.outcomes[-int(self.levels[token, layer, expert])].append(key in wanted)
 
 
-def slow_timeline(trace, pools, device, block, expert_bytes, foresight=None):
+def slow_timeline(trace, pools, device, block, expert_bytes, foresight=None, room=0):
     """Of each token ``(compute, stall, reads, useful, late, wasted)``; LRU, state kept, a trace without steps."""
     layers, experts = trace.num_moe_layers, trace.num_experts
     cache = Cache(Lru(layers, experts), pools.pool_of_layer, pools.pool_slots, experts)
     link, now, rows = Link(device, expert_bytes), 0.0, []
-    reader = None if foresight is None else Reader(foresight, trace, link)
+    reader = None if foresight is None else Reader(foresight, trace, link, room)
     lead = 0 if foresight is None else layers if foresight.lead == "token" else foresight.lead
     moments = 1 + max(0, layers - lead)
     for token, ids in enumerate(trace.expert_ids.tolist()):

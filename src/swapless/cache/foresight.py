@@ -33,7 +33,7 @@ class Foresight:
     width : int, optional
         Experts foreseen a MoE layer, by default K.
     staging_experts : int, optional
-        Room for what was read ahead, by default K for each MoE layer of the lead, at most 2 K.
+        Room for what was read ahead, by default what :func:`~swapless.cache.timeline.staging_room` finds.
     token_s : float
         Seconds a token that the predictor computes, spread evenly over the moments at which it predicts.
 
@@ -68,10 +68,6 @@ class Foresight:
     def passes(self) -> int:
         """Moments of a token at which it predicts: before it, and after each MoE layer that another follows at the lead."""
         return 1 + max(0, self.num_moe_layers - self.lead_layers())
-
-    def room(self, top_k: int) -> int:
-        """Experts for which there is room in the staging area."""
-        return top_k * min(2, self.lead_layers()) if self.staging_experts is None else self.staging_experts
 
     def check(self, trace: Trace) -> Foresight:
         """Itself, if it is of this trace.

@@ -11,7 +11,7 @@ from swapless.cache.capacity import PoolKind, pools_for
 from swapless.cache.devices import DeviceProfile
 from swapless.cache.foresight import Foresight
 from swapless.cache.replay import RequestModel, replay
-from swapless.cache.timeline import BlockTime, timeline
+from swapless.cache.timeline import BlockTime, staging_room, timeline
 from swapless.errors import UsageError
 from swapless.trace import Trace
 
@@ -121,8 +121,9 @@ def _numbered(
     }
     top_k, staging = trace.top_k, 0
     pools = pools_for(capacity, trace.num_moe_layers, trace.num_experts, top_k, conditions.pool)
-    if foresight is not None:
-        pools, staging = pools.less(foresight.room(top_k), top_k)
+    if foresight is not None and conditions.device is not None:
+        sizes: dict[str, Any] = {"block": conditions.block, "expert_bytes": conditions.expert_bytes}
+        pools, staging = pools.less(staging_room(foresight, trace, conditions.device, **sizes), top_k)
         foresight = replace(foresight, staging_experts=staging)
     found = replay(trace, policy, pools, request_model=conditions.request_model, **options)
     row: dict[str, Any] = {**found.row(), "tokens_per_s": None}

@@ -14,6 +14,7 @@ is still under way, else *wasted*.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -169,10 +170,7 @@ def timeline(
     CapacityError, UnknownNameError, UsageError, TraceFormatError
         A wrong argument; no size of an expert in header or arguments.
     """
-    size = default_expert_bytes(trace) if expert_bytes is None else expert_bytes
-    if size is None or size < 1:
-        step = "Give expert_bytes, or a trace whose header has hidden_size and moe_intermediate_size."
-        raise UsageError(message("The size of an expert is unknown.", got=size, step=step))
+    size = _known_bytes(trace, expert_bytes)
     if foresight is None:
         seen = Foresight(predictor="none", lead=1, levels=np.zeros((0, 0, 0), np.uint8), staging_experts=0)
     else:
@@ -183,7 +181,7 @@ def timeline(
         *(size / device.bytes_per_s, device.fixed_s, device.queue_depth),
         *(block.attention_s, block.shared_s, block.expert_s, block.landing_s),
     )
-    ahead = _ahead(seen, trace)
+    ahead = _ahead(seen, trace, staging_room(seen, trace, device, block=block, expert_bytes=size))
     times = Times(*(np.zeros(calls, np.float64) for _ in range(3)), *(np.zeros(calls, np.int64) for _ in range(5)))
     landed, clock = np.zeros(trace.num_experts), np.zeros(2)
     for piece in setup.pieces():
@@ -202,9 +200,44 @@ def timeline(
     )
 
 
-def _ahead(foresight: Foresight, trace: Trace) -> Ahead:
+def staging_room(
+    foresight: Foresight,
+    trace: Trace,
+    device: DeviceProfile,
+    *,
+    block: BlockTime | None = None,
+    expert_bytes: int | None = None,
+) -> int:
+    """Experts for which the staging area has room: as many as the foresight asks for.
+
+    If it leaves that open, what the link can carry while a block computes, one more, and twice that for a lead of several MoE
+    layers, but no more than K for each. More would only make the cache smaller; on slow links fewer pay better.
+
+    Raises
+    ------
+    UsageError
+        No size of an expert in header or arguments.
+    """
+    if foresight.staging_experts is not None:
+        return foresight.staging_experts
+    block = block or BlockTime()
+    read_s = _known_bytes(trace, expert_bytes) / device.bytes_per_s + device.fixed_s
+    computing_s = block.attention_s + block.shared_s + trace.top_k * block.expert_s
+    carried = math.ceil(min(trace.top_k, computing_s / read_s))
+    return min(trace.top_k, 1 + carried) * min(2, foresight.lead_layers())
+
+
+def _known_bytes(trace: Trace, expert_bytes: int | None) -> int:
+    size = default_expert_bytes(trace) if expert_bytes is None else expert_bytes
+    if size is None or size < 1:
+        step = "Give expert_bytes, or a trace whose header has hidden_size and moe_intermediate_size."
+        raise UsageError(message("The size of an expert is unknown.", got=size, step=step))
+    return size
+
+
+def _ahead(foresight: Foresight, trace: Trace, room: int) -> Ahead:
     """State of reading ahead, before the first token."""
-    width, room = foresight.width or trace.top_k, foresight.room(trace.top_k)
+    width = foresight.width or trace.top_k
     return Ahead(
         levels=np.ascontiguousarray(foresight.levels),
         lead=np.array([foresight.lead_layers()]),
