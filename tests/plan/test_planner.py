@@ -13,6 +13,7 @@ from swapless.plan.commands import commands
 from swapless.plan.hits import CurveHits
 from swapless.plan.planner import _TENSOR_BYTES, plan
 from swapless.plan.precision import as_packed, disk_bytes
+from swapless.plan.trial import example
 from swapless.runtime.open import open_checkpoint
 from swapless.runtime.packing import pack
 from swapless.runtime.parts import budget_shape, computation
@@ -33,10 +34,16 @@ def roomy(opened: Any) -> Any:
 
 
 @pytest.fixture(scope="module")
-def least(opened: Any) -> int:
-    """The smallest budget that works, in any precision, by its own refusal."""
+def large(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Ghosts of a model whose experts are large enough for bits to matter."""
+    return example(tmp_path_factory.mktemp("ghosts"))
+
+
+@pytest.fixture(scope="module")
+def least(large: Any) -> int:
+    """The smallest budget of that one that works, in any precision, by its own refusal."""
     with pytest.raises(BudgetError) as refused:
-        planned(opened, 100 * MIB)
+        planned(large, 100 * MIB, whole=False)
     return int(str(refused.value).split("(")[2].split(" bytes")[0])
 
 
@@ -82,21 +89,23 @@ def test_set_ups_and_recommendations(roomy: Any) -> None:
     assert document["set_ups"][document["lossless"]]["lossless"] is True
 
 
-def test_the_named_smallest_budget_works_and_one_byte_less_does_not(opened: Any, least: int) -> None:
-    found = planned(opened, least)
-    assert [row for row in found.set_ups if row.budget]
+def test_the_named_smallest_budget_works_and_one_byte_less_does_not(large: Any, least: int) -> None:
+    found = planned(large, least, whole=False)
+    assert [row for row in found.set_ups if row.budget] and found.lossless is None
     for row in found.set_ups:
         assert (row.budget is None) == (row.needs_bytes > least)
         assert (row.speed is None) == (row.budget is None) == (row.hit_rate is None)
     with pytest.raises(BudgetError, match="Raise --memory"):
-        planned(opened, least - 1)
+        planned(large, least - 1, whole=False)
 
 
-def test_between_the_floors_of_two_precisions(opened: Any, roomy: Any, least: int) -> None:
-    unpacked = roomy.set_ups[0].needs_bytes
-    assert least < unpacked
-    found = planned(opened, unpacked - 1)
+def test_fewer_bits_need_less(large: Any, least: int) -> None:
+    needs = {(row.bits, row.dense_bits): row.needs_bytes for row in planned(large, least, whole=False).set_ups}
+    assert needs[16, 16] > needs[8, 16] > needs[4, 16] == least
+    found = planned(large, needs[16, 16] - 1, whole=False)
     assert found.lossless is None and found.best.bits < 16
+    assert "not here" in found.reads_from
+    assert planned(large, needs[16, 16], whole=False).lossless is not None
 
 
 def test_less_memory_is_fewer_slots_fewer_hits_and_reading_ahead_is_a_choice(opened: Any, roomy: Any) -> None:

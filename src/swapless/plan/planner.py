@@ -29,7 +29,7 @@ from swapless.runtime.parts import budget_shape, context_of, gate_leads, parts_t
 from swapless.units import format_size
 
 PRECISIONS = ((16, 16), (8, 16), (8, 8), (4, 16), (4, 8))
-"""Bits of experts and of all other weights that a checkpoint is planned for; a packed store has its own alone."""
+"""Bits of experts and of all other weights that a checkpoint is planned for."""
 
 WORTH_BITS = 1.1
 """A set-up must be this much faster than one with more bits to be recommended before it."""
@@ -50,6 +50,7 @@ def plan(
     whole: bool = True,
     context: int | None = None,
     policy: str = DEFAULT_POLICY,
+    precisions: Sequence[tuple[int, int]] = PRECISIONS,
     progress: Progress | None = None,
 ) -> Plan:
     """Foresee what ``opened`` would do with ``memory_bytes``.
@@ -72,6 +73,8 @@ def plan(
         As of :func:`swapless.load`.
     policy : str
         Name of the cache policy.
+    precisions : sequence of (int, int)
+        Bits of experts and of all else to plan for; a packed store has its own alone.
     progress : callable of (str, float), optional
         Told what is going on and the share done.
 
@@ -90,7 +93,7 @@ def plan(
     model = hollow_model(opened)
     dry = dry_run(model)
     if opened.manifest is None:
-        forms = [(opened if bits == dense == 16 else as_packed(opened, bits, dense)) for bits, dense in PRECISIONS]
+        forms = [(opened if bits == dense == 16 else as_packed(opened, bits, dense)) for bits, dense in precisions]
     else:
         forms = [opened]
     reads = Reads(opened, machine, whole)
@@ -153,12 +156,15 @@ def _budget(
         "non_expert": form.layout.non_expert_bytes,
         "loading": machine.loading_bytes + _TENSOR_BYTES * len(form.refs),
     }
-    fixed |= parts_to_come(form, POLICIES.get(policy)(), dry, context_tokens, reads.io_bytes(form))
     shape = budget_shape(form, context_tokens, gate_leads(prefetch))
-    whole = plan_budget(total_bytes=None, resident_share=1.0, fixed_parts=fixed, **shape)
-    if memory_bytes < min(whole.floor_bytes, whole.total_bytes):
-        return None, min(whole.floor_bytes, whole.total_bytes)
-    return plan_budget(total_bytes=memory_bytes, resident_share=None, fixed_parts=fixed, **shape), whole.floor_bytes
+    come = parts_to_come(form, POLICIES.get(policy)(), dry, context_tokens, reads.io_bytes(form))
+    # How many reads are in flight is probed anew by each load, so what is promised holds for the most of them.
+    most = fixed | come | {"io_buffers": reads.most_io_bytes(form)}
+    whole = plan_budget(total_bytes=None, resident_share=1.0, fixed_parts=most, **shape)
+    needs = min(whole.floor_bytes, whole.total_bytes)
+    if memory_bytes < needs:
+        return None, needs
+    return plan_budget(total_bytes=memory_bytes, resident_share=None, fixed_parts=fixed | come, **shape), needs
 
 
 def _set_up(
@@ -193,6 +199,7 @@ def _set_up(
         needs_bytes=needs,
         hit_rate=rate,
         speed=found,
+        costs=costs,
         perplexity_ratio=perplexity,
         disk_bytes=disk_bytes(form),
         commands=commands(

@@ -8,7 +8,7 @@ from swapless.plan.machine import Machine, probe_files
 from swapless.runtime.open import OpenCheckpoint
 from swapless.runtime.parts import open_store, sample_extents
 from swapless.store.packed import block_parts
-from swapless.store.probe import Probe, probe
+from swapless.store.probe import DEPTHS, Probe, probe
 
 
 class Reads:
@@ -44,6 +44,10 @@ class Reads:
         """Bounce buffers of the reader threads; packed stores have none."""
         return 0 if form.manifest is not None else self._probe.depth * self._bounce_bytes
 
+    def most_io_bytes(self, form: OpenCheckpoint) -> int:
+        """The same with as many threads as there ever are."""
+        return 0 if form.manifest is not None else max(DEPTHS) * self._bounce_bytes
+
     def costs(self, form: OpenCheckpoint) -> dict[str, Any]:
         """What :class:`~swapless.plan.speed.Costs` say about the reads of ``form``: ``opened``, or how it would be packed."""
         found, read_bytes, parts, copied = self._probe, self._bytes, self._parts, self._bounce_bytes > 0
@@ -51,12 +55,12 @@ class Reads:
             read_bytes = max(layer.block_bytes for layer in form.manifest.moe_layers)
             parts, copied = block_parts(read_bytes), False
             found = self._at(read_bytes // parts)
-        bandwidth = {}
-        for depth, bytes_per_s in found.bytes_per_s.items():
-            if depth <= found.depth:  # each reader copies what it read before it reads on; meanwhile the others have the disk
-                copy_s = 1 / self._machine.copy_bytes_per_s / depth if copied else 0.0
-                bandwidth[depth] = 1 / (1 / bytes_per_s + copy_s)
-        return {"read_bytes": read_bytes, "parts": parts, "bytes_per_s": bandwidth}
+        return {
+            "read_bytes": read_bytes,
+            "parts": parts,
+            "bytes_per_s": {depth: rate for depth, rate in found.bytes_per_s.items() if depth <= found.depth},
+            "landing_s": read_bytes / self._machine.copy_bytes_per_s if copied else 0.0,
+        }
 
     def _at(self, block_bytes: int) -> Probe:
         if not self._files:

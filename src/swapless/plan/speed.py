@@ -35,7 +35,10 @@ class Costs:
     parts : int
         Reads that one expert is cut into.
     bytes_per_s : mapping of int to float
-        Bandwidth by reads in flight, copies out of bounce buffers included.
+        Bandwidth by reads in flight.
+    landing_s : float
+        Seconds of an expert's copy from a bounce buffer into its slot: the reader threads do it, but in time that compute
+        then lacks, so it is charged there.
     """
 
     num_moe_layers: int
@@ -46,6 +49,7 @@ class Costs:
     read_bytes: int
     parts: int
     bytes_per_s: Mapping[int, float]
+    landing_s: float = 0.0
 
     def reading_s(self, misses: float) -> float:
         """Seconds an expert's read takes where so many are asked for at once."""
@@ -57,7 +61,7 @@ class Costs:
         """Seconds of one MoE layer's experts, from the moment they are known."""
         busy, read = hits * self.expert_s, self.reading_s(misses)
         for number in range(1, misses + 1):
-            busy = max(busy, number * read) + self.lone_expert_s
+            busy = max(busy, number * read) + self.landing_s + self.lone_expert_s
         return busy
 
 

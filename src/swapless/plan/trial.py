@@ -47,7 +47,7 @@ def _trial() -> dict[str, Any]:
 def expert_weights_per_s() -> Iterator[tuple[str, float]]:
     """Weights a second of experts in each precision, by its name, in a model of OLMoE's shape that is nowhere."""
     with TemporaryDirectory(prefix="swapless-") as folder:
-        opened = _example(Path(folder))
+        opened = example(Path(folder))
         module = next(module for _, module in experts_of(hollow_model(opened)))
         weights = opened.layout.moe_layers[0].expert_bytes // opened.layout.dtype.itemsize
         for bits in (16, 8, 4):
@@ -55,7 +55,8 @@ def expert_weights_per_s() -> Iterator[tuple[str, float]]:
             yield ("bf16" if bits == 16 else f"int{bits}"), weights / seconds
 
 
-def _example(folder: Path) -> OpenCheckpoint:
+def example(folder: Path) -> OpenCheckpoint:
+    """One MoE layer of OLMoE's shape, with 16 experts, as ghosts in ``folder``."""
     config = transformers.OlmoeConfig(
         hidden_size=2048,
         intermediate_size=1024,

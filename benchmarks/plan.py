@@ -1,0 +1,269 @@
+"""Does the plan foresee how fast the engine decodes, in each precision and at several budgets?
+
+    python benchmarks/plan.py                # about 25 minutes; needs the checkpoint of benchmarks/make_checkpoint.py
+    python benchmarks/plan.py --quick        # one round of few tokens, nothing stored: only to see that it runs
+
+The checkpoint is packed in 8 and in 4 bits into a scratch folder, and a trace is recorded of tokens that are never timed. Then,
+in each of five rounds, for bf16, int8 and int4 at three memory budgets, in turning order: the plan is made from the unpacked
+checkpoint, as a user would; a process of its own loads the model with that budget and decodes, a few tokens at a time, with
+the read path probed before, between and after; and the plan is made again. What counts as expected is the mean of the two
+plans' token times, with the bandwidth that the probes of that run found, since a shared disk drifts within seconds; the figure
+with the plan's own bandwidth stands beside it. Medians over the rounds must agree within 20 %, no round may be faster than its
+floor by more than the spread of its probes, and slots and peak memory must be within what was foreseen.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from results import document, emit, store
+from timeline import Disk
+
+BUDGETS = (900_000_000, 1_200_000_000, 2_000_000_000)
+BITS = (16, 8, 4)
+CONTEXT = 256
+WITHIN = 0.20
+TRACE_TOKENS = 192
+"""The last tokens of the checkpoint's sequence, which are never timed."""
+
+
+class Run:
+    """A loaded model that decodes given tokens; ``given`` says how much it may hold."""
+
+    def __init__(self, folder: Path, threads: int, context: int, **given: Any) -> None:
+        import torch
+
+        import swapless
+
+        torch.set_num_threads(threads)
+        self._torch = torch
+        self._model: Any = swapless.load(folder, context=context, **given)
+        self.engine = self._model.swapless
+
+    def prefill(self, ids: list[int]) -> None:
+        """Begin a text."""
+        with self._torch.inference_mode():
+            output = self._model(input_ids=self._torch.tensor([ids]), use_cache=True, logits_to_keep=1)
+        self._cache = output.past_key_values
+
+    def decode(self, tokens: list[int]) -> list[float]:
+        """Seconds of each token's forward call."""
+        seconds = []
+        with self._torch.inference_mode():
+            for token in tokens:
+                begun = time.perf_counter()
+                self._model(input_ids=self._torch.tensor([[token]]), past_key_values=self._cache, use_cache=True)
+                seconds.append(time.perf_counter() - begun)
+        return seconds
+
+
+def worker(asked: argparse.Namespace) -> None:
+    """One run in this process: load, decode with probes in between, print what it came to."""
+    given = json.loads(asked.tokens_file.read_text())
+    run = Run(Path(asked.worker), asked.threads, CONTEXT, memory=asked.memory)
+    engine = run.engine
+    disk = Disk(Path(asked.worker), engine.probe.block_bytes)
+    run.prefill(given["prompt"])
+    run.decode(given["decode"][: asked.warm_up])
+    engine.reset_stats()
+    token_s: list[float] = []
+    tokens = given["decode"][asked.warm_up : asked.warm_up + asked.tokens]
+    reads = [disk.read_s_per_byte(engine.probe.depth)]
+    for first in range(0, len(tokens), asked.piece):
+        token_s += run.decode(tokens[first : first + asked.piece])
+        reads.append(disk.read_s_per_byte(engine.probe.depth))
+    disk.close()
+    stats, budget = engine.stats(), engine.budget
+    found = {
+        "tokens_per_s": len(token_s) / sum(token_s),
+        "hit_rate": stats.hit_rate,
+        "bytes_a_token": stats.decode_bytes_read / stats.decode_tokens,
+        "slots": budget.slots,
+        "depth": engine.probe.depth,
+        "probed_bytes_per_s": [1 / one for one in reads],
+        "peak_memory_bytes": stats.peak_memory_bytes,
+        "peak_memory_source": stats.peak_memory_source,
+        "parts": dict(budget.parts),
+    }
+    engine.close()
+    json.dump(found, sys.stdout)
+
+
+def measured(folder: Path, memory: int, asked: argparse.Namespace) -> dict[str, Any]:
+    """The same in a process of its own."""
+    options = {"memory": memory, "threads": asked.threads, "tokens": asked.tokens, "warm-up": asked.warm_up}
+    options |= {"piece": asked.piece, "tokens-file": asked.checkpoint / "tokens.json"}
+    words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    done = subprocess.run([sys.executable, __file__, "--worker", str(folder), *words], capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"the run of {folder.name} with {memory} bytes failed: {done.stderr[-2000:]}")
+    return json.loads(done.stdout)
+
+
+def record(folder: Path, asked: argparse.Namespace) -> Any:
+    """A trace of tokens that are never timed."""
+    given = json.loads((asked.checkpoint / "tokens.json").read_text())
+    run = Run(folder, asked.threads, TRACE_TOKENS + CONTEXT, resident=0.5)
+    run.prefill(given["decode"][-TRACE_TOKENS - 16 : -TRACE_TOKENS])
+    run.decode(given["decode"][-TRACE_TOKENS:])
+    trace = run.engine.trace()
+    run.engine.close()
+    return trace
+
+
+class Planner:
+    """Plans of the unpacked checkpoint, one precision at a time."""
+
+    def __init__(self, folder: Path, trace: Any, scratch: Path) -> None:
+        from swapless.plan.hits import TraceHits
+        from swapless.plan.machine import machine
+        from swapless.runtime.open import open_checkpoint
+
+        self._opened = open_checkpoint(folder)
+        self._hits = TraceHits(trace, self._opened)
+        self.machine = machine(fresh=True, folder=scratch)
+
+    def __call__(self, bits: int, memory: int) -> Any:
+        """The set-up without reading ahead."""
+        from swapless.plan.planner import plan
+
+        found = plan(self._opened, "model", memory, self.machine, self._hits, context=CONTEXT, precisions=[(bits, 16)])
+        return found.set_ups[0]
+
+    def with_bandwidth(self, row: Any, run: dict[str, Any]) -> Any:
+        """What the plan would have said, had it found the bandwidth of the run's own probes."""
+        from swapless.plan.speed import speed
+
+        probed = len(run["probed_bytes_per_s"]) / sum(1 / one for one in run["probed_bytes_per_s"])
+        own = row.costs.bytes_per_s[max(row.costs.bytes_per_s)]
+        scaled = {depth: rate * probed / own for depth, rate in row.costs.bytes_per_s.items()}
+        return speed(replace(row.costs, bytes_per_s=scaled), self._hits.of(row.budget.slots).misses)
+
+
+def one(planner: Planner, folder: Path, bits: int, memory: int, asked: argparse.Namespace) -> dict[str, Any]:
+    """Plan, run, plan."""
+    before = planner(bits, memory)
+    run = measured(folder, memory, asked)
+    rows = [before] if asked.quick else [before, planner(bits, memory)]
+    speeds = [planner.with_bandwidth(row, run) for row in rows]
+    floor_s = statistics.fmean(found.floor_s for found in speeds)
+    spread = max(run["probed_bytes_per_s"]) / min(run["probed_bytes_per_s"])
+    found = {
+        "bits": bits,
+        "memory_bytes": memory,
+        "expected_tokens_per_s": 1 / statistics.fmean(found.token_s for found in speeds),
+        "expected_with_own_probe": 1 / statistics.fmean(row.speed.token_s for row in rows),
+        "floor_tokens_per_s": 1 / floor_s,
+        "floor_beaten": run["tokens_per_s"] * floor_s > spread,
+        "expected_hit_rate": before.hit_rate,
+        "expected_slots": before.budget.slots,
+        "expected_bytes_a_token": before.speed.bytes_a_token,
+        "compute_s": speeds[0].compute_s,
+        "expected_parts": dict(before.budget.parts),
+    }
+    return found | run
+
+
+def summarise(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Medians over the rounds for each precision and budget."""
+    rows = []
+    for bits in BITS:
+        for memory in BUDGETS:
+            mine = [run for run in runs if (run["bits"], run["memory_bytes"]) == (bits, memory)]
+            names = ("expected_tokens_per_s", "expected_with_own_probe", "tokens_per_s", "floor_tokens_per_s")
+            medians = {name: statistics.median(run[name] for run in mine) for name in names}
+            ratio = medians["expected_tokens_per_s"] / medians["tokens_per_s"]
+            row = {
+                "bits": bits,
+                "memory_bytes": memory,
+                **medians,
+                "ratio": ratio,
+                "ratio_of_rounds": sorted(run["expected_tokens_per_s"] / run["tokens_per_s"] for run in mine),
+                "within": abs(ratio - 1) <= WITHIN,
+                "floor_beaten": sum(run["floor_beaten"] for run in mine),
+                "slots": [mine[0]["expected_slots"], mine[0]["slots"]],
+                "hit_rate": [mine[0]["expected_hit_rate"], mine[0]["hit_rate"]],
+                "peak_below_budget": all(run["peak_memory_bytes"] <= memory for run in mine),
+            }
+            rows.append(row)
+            verdict = "met" if row["within"] else "MISSED"
+            print(
+                f"{bits:2d} bits, {memory / 1e9:.1f} GB: expected {medians['expected_tokens_per_s']:.2f}, measured "
+                f"{medians['tokens_per_s']:.2f} tok/s, ratio {ratio:.3f} ({row['ratio_of_rounds'][0]:.3f} to "
+                f"{row['ratio_of_rounds'][-1]:.3f}), at most {medians['floor_tokens_per_s']:.2f}; slots "
+                f"{row['slots'][0]} expected, {row['slots'][1]} given; hits {row['hit_rate'][0]:.3f}, {row['hit_rate'][1]:.3f} "
+                f"{verdict}",
+                file=sys.stderr,
+            )
+    return rows
+
+
+def main() -> None:
+    """Measure, print a table and one JSON document, store the result."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--checkpoint", type=Path, default=Path("out/bench-3gb"))
+    parser.add_argument("--layout", default="original", help="original or fused")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--tokens", type=int, default=32, help="timed tokens of each run")
+    parser.add_argument("--warm-up", type=int, default=16, help="tokens before the clock starts")
+    parser.add_argument("--piece", type=int, default=4, help="tokens between two probes")
+    parser.add_argument("--scratch", type=Path, default=None, help="folder for the packed stores, 3 GB; removed at the end")
+    parser.add_argument("--quick", action="store_true", help="one round of few tokens, nothing stored")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser.add_argument("--memory", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--tokens-file", type=Path, help=argparse.SUPPRESS)
+    asked = parser.parse_args()
+    if asked.worker:
+        worker(asked)
+        return
+    if asked.quick:
+        asked.rounds, asked.tokens = 1, min(asked.tokens, 8)
+    import torch
+    from transformers.utils import logging
+
+    from swapless.runtime.packing import pack
+
+    torch.set_num_threads(asked.threads)
+    os.environ["OMP_NUM_THREADS"] = str(asked.threads)
+    logging.disable_progress_bar()
+    folder = asked.checkpoint / asked.layout
+    with tempfile.TemporaryDirectory(prefix="plan-", dir=asked.scratch or asked.checkpoint.parent) as scratch:
+        folders = {16: folder} | {bits: Path(scratch) / f"{bits}" for bits in BITS[1:]}
+        for bits in BITS[1:]:
+            print(f"packing in {bits} bits", file=sys.stderr, flush=True)
+            pack(folder, folders[bits], bits=bits)
+        planner = Planner(folder, record(folder, asked), Path(scratch))
+        cases = [(bits, memory) for memory in BUDGETS for bits in BITS]
+        runs: list[dict[str, Any]] = []
+        for number in range(asked.rounds):
+            turn = 2 * number % len(cases)
+            for bits, memory in (*cases[turn:], *cases[:turn]):
+                run = one(planner, folders[bits], bits, memory, asked)
+                runs.append(run | {"round": number})
+                print(
+                    f"round {number + 1}: {bits} bits, {memory / 1e9:.1f} GB: expected {run['expected_tokens_per_s']:.2f} "
+                    f"({run['expected_with_own_probe']:.2f} with its own probe), measured {run['tokens_per_s']:.2f} tok/s",
+                    file=sys.stderr,
+                    flush=True,
+                )
+    config = {name: value for name, value in vars(asked).items() if isinstance(value, (int, str))}
+    found = {"rows": summarise(runs), "runs": runs, "figures_of_machine": planner.machine.to_dict()}
+    result = document("plan", config=config, measured=found, data=folder)
+    emit(result)
+    if not asked.quick:
+        store(result)
+
+
+if __name__ == "__main__":
+    main()
