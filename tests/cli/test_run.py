@@ -105,7 +105,7 @@ def test_a_predictor_of_this_model_reads_ahead_and_one_of_another_is_refused(run
     assert done.exit_code == 0 and done.stdout == reference + "\n"
     assert "at lead 2" in done.stderr and "ms a token to foresee" in done.stderr and "still on trial" in done.stderr
     shown = json.loads(run("--prompt", PROMPT, "--prefetch", saved, "--json").stdout)
-    assert shown["text"] == reference and shown["prefetch_on"] and shown["prefetch_own_s_per_token"] > 0
+    assert shown["text"] == reference and shown["prefetch_tokens"] > 0 and shown["prefetch_own_s_per_token"] > 0
     assert shown["prefetch_useful"] + shown["prefetch_late"] + shown["prefetch_wasted"] <= shown["prefetch_reads"]
 
     assert swapless("predict", "train", trace, "--kind", "eam", "--out", tmp_path / "eam", "-q").exit_code == 0

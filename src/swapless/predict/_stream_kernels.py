@@ -1,4 +1,8 @@
-"""The learned predictor's arithmetic for one token, compiled: products of a vector and a matrix that skip zeros."""
+"""The learned predictor's arithmetic for one token, compiled.
+
+One token is products of a vector and a matrix, whose cost is reading and writing: eight rows of weights go into the result at
+a time, and rows of choices, nearly all of them zeros, are skipped.
+"""
 
 from __future__ import annotations
 
@@ -17,13 +21,33 @@ def _compiled(function: Function) -> Function:
 
 
 @_compiled
-def add_product(x: Any, weight: Any, out: Any) -> None:
-    """Add ``x @ weight`` to ``out``: x (n,), weight (n, m), out (m,)."""
+def add_chosen(x: Any, weight: Any, out: Any) -> None:
+    """Add ``x @ weight`` to ``out``, where most of ``x`` is 0: x (n,), weight (n, m), out (m,)."""
     for row in range(len(x)):
         value = x[row]
         if value != 0:
             for column in range(len(out)):
                 out[column] += value * weight[row, column]
+
+
+@_compiled
+def add_product(x: Any, weight: Any, out: Any) -> None:
+    """Add ``x @ weight`` to ``out``: x (n,), weight (n, m), out (m,)."""
+    whole = len(x) - len(x) % 8
+    for row in range(0, whole, 8):
+        a, b, c, d, e, f, g, h = x[row], x[row + 1], x[row + 2], x[row + 3], x[row + 4], x[row + 5], x[row + 6], x[row + 7]
+        for column in range(len(out)):
+            out[column] += (
+                a * weight[row, column]
+                + b * weight[row + 1, column]
+                + c * weight[row + 2, column]
+                + d * weight[row + 3, column]
+                + e * weight[row + 4, column]
+                + f * weight[row + 5, column]
+                + g * weight[row + 6, column]
+                + h * weight[row + 7, column]
+            )
+    add_chosen(x[whole:], weight[whole:], out)
 
 
 @_compiled
@@ -100,9 +124,9 @@ def attend(
 
 @_compiled
 def base_logits(
-    x: Any, blocks: Any, out: Any, bias: Any, base: Any, hidden: Any, into: Any, context: Any, out_weight: Any
+    x: Any, blocks: Any, chosen: int, out: Any, bias: Any, base: Any, hidden: Any, into: Any, context: Any, out_weight: Any
 ) -> None:
-    """Base logits ``out`` (L, E) from the context ``x`` (D,) and the ``blocks`` (BLOCKS, L, E)."""
+    """Base logits ``out`` (L, E) from the context ``x`` (D,) and the ``blocks`` (BLOCKS, L, E), of which one holds choices."""
     layers, experts = out.shape
     normed, inner = np.empty(len(x), np.float32), np.empty(hidden.shape[2], np.float32)
     scale_rms(x, normed)
@@ -112,26 +136,30 @@ def base_logits(
         add_product(normed, context[layer], inner)
         for block in range(blocks.shape[0]):
             rows = slice(block * experts, (block + 1) * experts)
-            add_product(blocks[block, layer], base[layer, rows], out[layer])
-            add_product(blocks[block, layer], into[layer, rows], inner)
+            if block == chosen:
+                add_chosen(blocks[block, layer], base[layer, rows], out[layer])
+                add_chosen(blocks[block, layer], into[layer, rows], inner)
+            else:
+                add_product(blocks[block, layer], base[layer, rows], out[layer])
+                add_product(blocks[block, layer], into[layer, rows], inner)
         silu(inner)
         add_product(inner, out_weight[layer], out[layer])
 
 
 @_compiled
-def step(state: Any, ids: Any, to_inner: Any, bias: Any, choice: Any, direct: Any, to_state: Any) -> None:
-    """The state (D,) after the choices ``ids`` (K,) of one MoE layer, in place."""
-    normed, inner = np.empty(len(state), np.float32), bias.copy()
+def step(state: Any, layer: int, ids: Any, to_inner: Any, bias: Any, choice: Any, direct: Any, to_state: Any) -> None:
+    """The state (D,) after the choices ``ids`` (K,) of one MoE layer, in place; weights of all layers."""
+    normed, inner = np.empty(len(state), np.float32), bias[layer].copy()
     scale_rms(state, normed)
-    add_product(normed, to_inner, inner)
+    add_product(normed, to_inner[layer], inner)
     for place in range(len(ids)):
         if ids[place] >= 0:
             for h in range(len(inner)):
-                inner[h] += choice[ids[place], h]
+                inner[h] += choice[layer, ids[place], h]
             for d in range(len(state)):
-                state[d] += direct[ids[place], d]
+                state[d] += direct[layer, ids[place], d]
     silu(inner)
-    add_product(inner, to_state, state)
+    add_product(inner, to_state[layer], state)
 
 
 @_compiled

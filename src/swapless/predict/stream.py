@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, final
 import numpy as np
 
 from swapless.predict._kernels import finish_token, past_blocks, prior_blocks
-from swapless.predict._stream_kernels import add_product, attend, base_logits, read, step
+from swapless.predict._stream_kernels import add_chosen, add_product, attend, base_logits, read, step
 from swapless.predict.counts import PAIR
 from swapless.predict.features import BLOCKS, FADES, scalars
 from swapless.predict.token_stream import TokenStream
@@ -24,6 +24,8 @@ ATTENTION = ("qkv.weight", "out.weight", "up.weight", "up.bias", "down.weight", 
 BASE = ("base_bias", "base", "base_hidden", "base_in", "base_context", "base_out")
 STEP = ("step_state", "step_bias", "step_choice", "step_direct", "step_out")
 READ = ("gain", "read", "near")
+CHOSEN = 3
+"""The feature block of the last token's choices, nearly all zeros."""
 
 
 @final
@@ -73,7 +75,7 @@ class Stream(TokenStream):
     def _begin(self, token: str | int) -> None:
         self._state, blocks = self._context(token, self._next(token))
         parts = blocks.reshape(BLOCKS, self._shape.num_moe_layers, self._shape.num_experts)
-        base_logits(self._state, parts, self._base, *(self._w[name] for name in BASE))
+        base_logits(self._state, parts, CHOSEN, self._base, *(self._w[name] for name in BASE))
 
     def _pass(self, token: str | int, left: int) -> None:
         pair = self._next(token)
@@ -91,15 +93,14 @@ class Stream(TokenStream):
         x = self._text(token) + self._w["scalars.bias"]
         add_product(scalars(numbers, np.array([self._place]))[0], self._w["scalars"], x)
         add_product(blocks[0, 0] + blocks[1, 0] + blocks[2, 0], self._w["prior"], x)
-        add_product(blocks[3, 0], self._w["before"], x)
+        add_chosen(blocks[CHOSEN, 0], self._w["before"], x)
         add_product(blocks[6, 0], self._w["faded"], x)
         for weights, keys, values in zip(self._layers, self._keys, self._values):
             attend(x, self._place, keys, values, *weights)
         return x, blocks
 
     def _step(self, moe_layer: int) -> None:
-        inner = (self._w[name][moe_layer] for name in STEP)
-        step(self._state, self._ids[moe_layer], *inner)
+        step(self._state, moe_layer, self._ids[moe_layer], *(self._w[name] for name in STEP))
 
     def _read(self, count: int) -> np.ndarray:
         scores = np.empty((count, self._shape.num_experts), np.float32)
