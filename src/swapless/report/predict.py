@@ -32,11 +32,15 @@ def _called(lead: Any) -> str:
 
 
 def _lines(series: dict[Any, tuple[list[Any], list[Any]]], frame: dict[str, Any], *, mode: str = "lines+markers") -> Any:
-    data = [
-        line(_called(lead), x, y, _COLOURS[place % len(_COLOURS)], mode=mode)
-        for place, (lead, (x, y)) in enumerate(series.items())
-    ]
-    return with_legend(data, frame, a_line=2)
+    """One line a lead; leads that say the same share one, which would else hide the others."""
+    alike: dict[str, list[Any]] = {}
+    for lead, points in series.items():
+        alike.setdefault(json.dumps(points), []).append(lead)
+    data = []
+    for place, leads in enumerate(alike.values()):
+        name = "every lead" if len(leads) == len(series) > 1 else ", ".join(map(_called, leads))
+        data.append(line(name, *series[leads[0]], _COLOURS[place % len(_COLOURS)], mode=mode))
+    return with_legend(data, frame | {"showlegend": True}, a_line=2)
 
 
 def _width_chart(rows: list[Row], leads: list[Any]) -> Chart:
