@@ -190,6 +190,8 @@ def made_shapes() -> Iterable[dict[str, Any]]:
         "made, topics, E 128, K 8": topics(128, 8, 4, 2500),
         "made, working sets of 8 for 30 tokens": working_sets(8, 30),
         "made, working sets of 12 for 60 tokens": working_sets(12, 60),
+        "made, working sets of 20 for 200 tokens": working_sets(20, 200),
+        "made, working sets of 24 for 400 tokens": working_sets(24, 400),
     }
     for label, trace in shapes.items():
         for capacity in few_capacities(trace):

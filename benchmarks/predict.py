@@ -1,6 +1,8 @@
 """How good each predictor is at each lead, how long it takes to fit, and what the learned one costs a token.
 
     python benchmarks/predict.py TRACE --train 0-998 --test 999-1298 [--learned FILE] [--kinds LIST] [--no-store]
+    python benchmarks/predict.py TRACE --by-domain 5 --learned FILE      # every fifth label is for measuring
+    python benchmarks/predict.py TRACE --by-domain 5 --split             # only say which documents the others are
 
 Every predictor is fitted on the documents ``--train`` only and measured on ``--test``. The learned one takes long to train, so
 it is read from the file that ``swapless predict train`` wrote; then its stream is timed as well, token by token on one thread,
@@ -16,6 +18,8 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from results import document, store
@@ -70,18 +74,37 @@ def stream_times(predictor: Any, test: Trace, *, tokens: int) -> dict[str, Any]:
     return found
 
 
+def by_domain(trace: Trace, every: int) -> tuple[str, str]:
+    """Documents for training, and those of every ``every``-th label for measuring, as ranges of ``--documents``."""
+    documents, first = np.unique(trace.document, return_index=True)
+    if trace.domain is None:
+        raise SystemExit("the trace has no domains to split by")
+    labels = trace.domain[first]
+    apart = np.isin(labels, np.unique(labels)[::every])
+    return tuple(",".join(map(str, documents[chosen])) for chosen in (~apart, apart))  # type: ignore[return-value]
+
+
 def main() -> None:
     """Fit, measure, print."""
     parser = argparse.ArgumentParser(description="Measure predictors on a trace.")
     parser.add_argument("trace", type=Path)
-    parser.add_argument("--train", required=True, metavar="RANGE")
-    parser.add_argument("--test", required=True, metavar="RANGE")
+    parser.add_argument("--train", metavar="RANGE")
+    parser.add_argument("--test", metavar="RANGE")
+    parser.add_argument("--by-domain", type=int, metavar="N", help="instead: every Nth label for measuring")
+    parser.add_argument("--split", action="store_true", help="with --by-domain: print the training documents and stop")
     parser.add_argument("--learned", type=Path)
     parser.add_argument("--kinds", default=",".join(name for name in KINDS if "," not in name))
     parser.add_argument("--tokens", type=int, default=500, help="tokens of the timed stream")
     parser.add_argument("--no-store", action="store_true")
     arguments = parser.parse_args()
     trace = load_trace(arguments.trace)
+    if arguments.by_domain is not None:
+        arguments.train, arguments.test = by_domain(trace, arguments.by_domain)
+    if arguments.train is None or arguments.test is None:
+        parser.error("give --train and --test, or --by-domain.")
+    if arguments.split:
+        print(arguments.train)
+        return
     train, test = select(trace, documents=arguments.train), select(trace, documents=arguments.test)
     results: dict[str, Any] = {}
     for name in filter(None, arguments.kinds.split(",")):

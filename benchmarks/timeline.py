@@ -179,7 +179,8 @@ def at_capacity(
     policy = engine._cache.policy
     run.close()
     expert_bytes = budget.expert_bytes
-    device = DeviceProfile(name="this machine", bytes_per_s=1 / statistics.fmean(reads), queue_depth=depth, source="store/probe")
+    bandwidth = 1 / statistics.fmean(reads)
+    device = DeviceProfile(name="this machine", bytes_per_s=bandwidth, queue_depth=depth, source="store/probe")
     layers, top_k = trace.num_moe_layers, trace.top_k
     block = BlockTime(
         attention_s=(compute["token_s"] - compute["experts_s"]) / layers,

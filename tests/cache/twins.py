@@ -418,7 +418,7 @@ class NextUse(Twin):
         if learned != oldest:
             pair = dict(may)[learned], dict(may)[oldest]
             self.pairs = [other for other in self.pairs if not set(other) & set(pair)] + [pair]
-        return learned if self.trust[pool] >= 0 else oldest
+        return learned if self.trust[pool] >= 16 else oldest
 
 
 TWINS = {

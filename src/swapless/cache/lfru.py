@@ -24,14 +24,14 @@ def _on_access(state, residency, pool, key, hit, clock, phase):  # type: ignore[
 
 def _victim(state, residency, pool, clock):  # type: ignore[no-untyped-def]
     best = np.int32(-1)
-    lowest = np.inf
+    fewest, longest = np.inf, 1.0
     for slot in range(residency.pool_start[pool], residency.pool_start[pool + 1]):
         if may_go(residency, slot, clock):
             key = residency.key_of_slot[slot]
-            age = residency.demand_sets[residency.layer_of_key[key]] - state.last[key] + 1
-            score = state.uses[key] / age
-            if score < lowest:
-                lowest = score
+            age = np.float64(residency.demand_sets[residency.layer_of_key[key]] - state.last[key] + 1)
+            # uses / age < fewest / longest without dividing: exact, since both are whole numbers.
+            if state.uses[key] * longest < fewest * age:
+                fewest, longest = state.uses[key], age
                 best = np.int32(slot)
     return best
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from swapless.cache.policy import rules
 from swapless.cache.residency import may_go
-from swapless.cache.ring import empty_ring, push, unlink
+from swapless.cache.ring import empty_ring, push, renew, unlink
 
 
 class LruState(NamedTuple):
@@ -20,8 +20,7 @@ class LruState(NamedTuple):
 
 def _on_access(state, residency, pool, key, hit, clock, phase):  # type: ignore[no-untyped-def]
     if hit:
-        unlink(state.before, state.after, key)
-        push(state.before, state.after, residency.slot_of_key.size + pool, key)
+        renew(state.before, state.after, residency.slot_of_key.size + pool, key)
 
 
 def _on_insert(state, residency, pool, key, clock, phase):  # type: ignore[no-untyped-def]

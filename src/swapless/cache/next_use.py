@@ -10,10 +10,10 @@ Gauss-Seidel sweep a token; no step costs more than O(F E), so a block costs mic
 read of the future: the value of an expert's next use is credited when that use comes, to the faded sum of what had gone in
 since its last use.
 
-What was learned is only followed while it does no worse than LRU. Where the two name different victims, the pair is
-remembered; whichever of the two experts is used first was the wrong one to drop. While LRU was right more often of late, the
-least recently used goes. Following the better of two policies by what each would regret is the idea of LeCaR [1]_; pairs in
-place of its ghost lists, and no chance.
+What was learned is only followed while it does better than LRU. Where the two name different victims, the pair is remembered;
+whichever of the two experts is used first was the wrong one to drop. Only while the map was right clearly more often of late
+does its victim go, else the least recently used. Following the better of two policies by what each would regret is the idea
+of LeCaR [1]_; pairs in place of its ghost lists, and no chance.
 
 .. [1] G. Vietri et al., "Driving Cache Replacement with ML-based LeCaR", HotStorage 2018.
 """
@@ -34,6 +34,8 @@ from swapless.notation import Phase
 _PREFILL = int(Phase.PREFILL)
 _TRUST_FADE = 0.998
 """What a pair counts less with each that comes after it: about the last five hundred decide."""
+_TRUST_NEEDED = 16.0
+"""Where neither is better, the sum of +1 and -1 faded like this strays by about as much (1 / sqrt(1 - fade^2))."""
 
 
 class NextUseState(NamedTuple):
@@ -121,7 +123,7 @@ def _victim(state, residency, pool, clock):  # type: ignore[no-untyped-def]
     state.rival[other] = doubted
     state.doubted[doubted] = 1
     state.doubted[other] = 0
-    return learned if state.trust[pool] >= 0.0 else oldest
+    return learned if state.trust[pool] >= _TRUST_NEEDED else oldest
 
 
 rules(NextUseState, on_demand=_on_demand, on_access=_on_access, victim=_victim)

@@ -37,3 +37,12 @@ def unlink(before: Any, after: Any, key: Any) -> None:
     after[newer] = older
     before[key] = key
     after[key] = key
+
+
+@compiled
+def renew(before: Any, after: Any, head: Any, key: Any) -> None:
+    """Make ``key``, which is in a list, the newest of the list of ``head``."""
+    older, newer = after[key], before[key]
+    before[older] = newer
+    after[newer] = older
+    push(before, after, head, key)

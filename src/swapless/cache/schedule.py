@@ -61,7 +61,9 @@ def schedule(trace: Trace, *, interleave: int = 1) -> Schedule:
         phase = np.full(len(rows), int(Phase.DECODE), np.uint8)
     document = trace.document[rows[starts[:-1]]]
     begins = np.zeros(len(document), bool)
-    begins[np.unique(document, return_index=True)[1]] = True
+    changes = _changes(document)
+    # Only where a document comes back after another is its first call not simply a change of document.
+    begins[changes[np.unique(document[changes], return_index=True)[1]]] = True
     return Schedule(rows, starts, phase, document, begins)
 
 
@@ -74,10 +76,14 @@ def _by_step(step: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _interleaved(document: np.ndarray, interleave: int) -> np.ndarray:
-    order = np.argsort(_first_rows(document), kind="stable")
+    changes = _changes(document)
+    if len(np.unique(document[changes])) == len(changes):
+        order = np.arange(len(document), dtype=np.int64)  # every document in one piece, as nearly all traces have them
+    else:
+        order = np.argsort(_first_rows(document), kind="stable")
     if interleave == 1:
         return order
-    starts = np.flatnonzero(np.diff(document[order], prepend=document[order[:1]] - 1))
+    starts = _changes(document[order])
     waiting = list(np.split(order, starts[1:]))[::-1]
     turn = np.empty(len(document), np.int64)
     places = [0] * min(interleave, len(waiting))
@@ -89,6 +95,11 @@ def _interleaved(document: np.ndarray, interleave: int) -> np.ndarray:
         turn[rows] = turn[rows] * len(places) + place
         places[place] += len(rows)
     return np.argsort(turn, kind="stable")
+
+
+def _changes(document: np.ndarray) -> np.ndarray:
+    """The rows whose document is not that of the row before, the first one included."""
+    return np.flatnonzero(np.diff(document, prepend=document[:1] - 1))
 
 
 def _first_rows(document: np.ndarray) -> np.ndarray:
