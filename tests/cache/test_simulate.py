@@ -110,7 +110,8 @@ def test_the_clairvoyant_bounds_and_the_words_say_where_it_loses(file, predictor
 def test_words_about_losses():
     def row(speed, moved, **more):
         ratios = {"tokens_per_s_ratio": speed, "bytes_moved_per_token_ratio": moved}
-        return {"policy": "lru", "prefetch": "linear", "lead": 1, "capacity_fraction": 0.25, **ratios, **more}
+        named = {"policy": "lru", "prefetch": "linear", "lead": 1, "capacity_fraction": 0.25, "staging_experts": 2}
+        return {**named, **ratios, **more}
 
     without = row(None, None, prefetch=None, lead=None)
     assert losses([without]) == []
@@ -121,6 +122,7 @@ def test_words_about_losses():
     assert slower == "lru, 25% of the experts: linear, lead 1, loses: 2.0% slower and moves 1.0% fewer bytes."
     assert dearer == "lru, 25% of the experts: linear, before the token, costs bytes: 2.0% faster and moves 10.0% more bytes."
     assert neither.endswith("gains nothing: as fast and moves 1.0% more bytes.")
+    assert losses([row(1.0, 1.0, staging_experts=0)])[0].startswith("lru, 25% of the experts: no room to read ahead")
 
 
 def test_the_published_protocol(tmp_path):

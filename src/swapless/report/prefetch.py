@@ -18,14 +18,21 @@ def series(row: Row) -> str:
 
 
 def _reader(row: Row) -> str:
-    return f"{row['prefetch']}, " + ("before the token" if row["lead"] == "token" else f"lead {row['lead']}")
+    when = "before the token" if row["lead"] == "token" else f"lead {row['lead']}"
+    takes = row.get("predictor_s_per_token")
+    return f"{row['prefetch']}, {when}" + (f", {takes * 1e3:g} ms a token" if takes else "")
 
 
 def losses(rows: list[Row]) -> list[str]:
-    """A sentence for each row that is slower, or moves more bytes, than without reading ahead; one if there is none."""
+    """A sentence for each row that is slower, or moves more bytes, than without reading ahead, or has no room to; or that
+    there is none."""
     ahead = [row for row in rows if row.get("prefetch") and row["tokens_per_s_ratio"] is not None]
     said = []
     for row in ahead:
+        where = f"{row['policy']}, {row['capacity_fraction']:.0%} of the experts"
+        if not row["staging_experts"]:
+            said.append(f"{where}: no room to read ahead, for every MoE layer keeps its K.")
+            continue
         speed, moved = row["tokens_per_s_ratio"] - 1, row["bytes_moved_per_token_ratio"]
         more = 0.0 if moved is None else moved - 1
         if speed < -_NOTHING or more > _NOTHING:
@@ -33,7 +40,6 @@ def losses(rows: list[Row]) -> list[str]:
                 f"{_percent(speed, 'faster', 'slower', 'as fast')} and moves {_percent(more, 'more', 'fewer', 'as many')} bytes"
             )
             verdict = "loses" if speed < -_NOTHING else "costs bytes" if speed > _NOTHING else "gains nothing"
-            where = f"{row['policy']}, {row['capacity_fraction']:.0%} of the experts"
             said.append(f"{where}: {_reader(row)}, {verdict}: {what}.")
     if ahead and not said:
         return ["Reading ahead loses nowhere here: no row is slower or moves more bytes than the one without."]
@@ -66,14 +72,14 @@ def prefetch_chart(rows: list[Row]) -> Chart:
         ]
     ends = [min(row["capacity_fraction"] for row in ahead), max(row["capacity_fraction"] for row in ahead)]
     data.append(line("without reading ahead", ends, [0, 0], GREY, dash="dot", hover="<extra></extra>"))
-    axis = {"tickformat": "+.1%", "rangemode": "tozero"}
+    axis = {"tickformat": "+.1%", "automargin": True}
     frame = layout("share of the experts held", "change", percent=False, xaxis={"tickformat": ".0%"}, yaxis=axis, height=380)
     return Chart(
         name="prefetch",
         title="What reading ahead changes",
         reading="Against the same policy in the same memory: the room for what is read ahead is taken from the cache. Solid: "
         "tokens a second, above 0 is a gain. Dashed: bytes over the link, above 0 is a cost, wasted reads among them.",
-        figure=with_legend(data, frame, a_line=2),
+        figure=with_legend(data, frame, a_line=1),
         columns=(
             "row",
             "capacity_experts",

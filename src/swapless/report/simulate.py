@@ -77,16 +77,18 @@ def _over_capacity(
 ) -> Chart:
     data, table = [], []
     shown = ".1%" if percent else ".3f"
-    for place, policy in enumerate(dict.fromkeys(series(row) for row in rows)):
-        own = sorted((row for row in rows if series(row) == policy), key=lambda row: row["capacity_fraction"])
+    policies = list(dict.fromkeys(row["policy"] for row in rows))
+    for place, label in enumerate(dict.fromkeys(series(row) for row in rows)):
+        own = sorted((row for row in rows if series(row) == label), key=lambda row: row["capacity_fraction"])
+        policy, ahead = own[0]["policy"], own[0].get("prefetch") is not None
         best = policy in _OPTIMA
         data.append(
             line(
-                _OPTIMA.get(policy, policy),
+                label.replace(policy, _OPTIMA.get(policy, policy), 1),
                 [row["capacity_fraction"] for row in own],
                 [value(row) for row in own],
-                "#0f172a" if best else _COLOURS[place % len(_COLOURS)],
-                dash="dash" if best else "solid",
+                "#0f172a" if best else _COLOURS[policies.index(policy) % len(_COLOURS)],
+                dash="dashdot" if ahead else "dash" if best else "solid",
                 mode="lines+markers",
                 text=[f"{row['capacity_experts']} experts" for row in own],
                 hover=f"%{{text}}: %{{y:{shown}}}<extra>%{{fullData.name}}</extra>",
@@ -97,14 +99,14 @@ def _over_capacity(
             data.append(
                 line("floor", share, [floor(row) for row in own], GREY, dash="dot", hover=f"%{{y:{shown}}}<extra>floor</extra>")
             )
-        table += [[policy, row["capacity_experts"], row["capacity_fraction"], value(row)] for row in own]
+        table += [[label, row["capacity_experts"], row["capacity_fraction"], value(row)] for row in own]
     axis = {"tickformat": ".0%", "rangemode": "tozero"}
     frame = layout("share of the experts held", unit, percent=percent, xaxis=axis, yaxis={"rangemode": "tozero"}, height=380)
     return Chart(
         name=name,
         title=title,
         reading=reading,
-        figure=with_legend(data, frame, a_line=2),
+        figure=with_legend(data, frame, a_line=1 if any(row.get("prefetch") for row in rows) else 2),
         columns=("policy", "capacity_experts", "capacity_fraction", name),
         rows=table,
     )
@@ -117,18 +119,21 @@ def _time_chart(rows: list[Row]) -> Chart:
         {
             "type": "bar",
             "name": label,
-            "x": names,
-            "y": [row[part] * 1e3 for row in rows],
+            "orientation": "h",
+            "y": names,
+            "x": [row[part] * 1e3 for row in rows],
             "marker": {"color": colour},
-            "hovertemplate": "%{x}: %{y:.2f} ms<extra>%{fullData.name}</extra>",
+            "hovertemplate": "%{y}: %{x:.2f} ms<extra>%{fullData.name}</extra>",
         }
         for part, label, colour in parts
     ]
+    axis = {"autorange": "reversed", "automargin": True}
+    frame = layout("ms a token", "", percent=False, barmode="stack", yaxis=axis, height=max(380, 120 + 20 * len(rows)))
     return Chart(
         name="time",
         title="Where a token's time goes",
         reading="A better policy shortens the stall, never the compute; overlap can at best hide the shorter of the two.",
-        figure=with_legend(data, layout("", "ms a token", percent=False, barmode="stack", height=380), a_line=2),
+        figure=with_legend(data, frame, a_line=1),
         columns=("row", "compute_s_per_token", "stall_s_per_token"),
         rows=[[name, *(row[part] for part, _, _ in parts)] for name, row in zip(names, rows)],
     )
