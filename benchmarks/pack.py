@@ -29,7 +29,11 @@ from swapless.store.probe import probe
 from swapless.units import format_size, parse_size
 
 SWAPLESS = [sys.executable, "-c", "from swapless.cli.main import main; main()"]
-START = "import torch, swapless.runtime.packing, swapless.runtime.door"
+STARTS = {
+    "pack": "import torch, swapless.cli.main, swapless.runtime.packing, swapless.runtime.door",
+    "verify": "import swapless.cli.main, swapless.store.packed",
+}
+"""What a verb imports before it touches the checkpoint."""
 
 
 def bandwidth(checkpoint: Path) -> float:
@@ -40,6 +44,13 @@ def bandwidth(checkpoint: Path) -> float:
         return probe(reads.reader, sample_extents(reads, opened.layout.moe_layers), budget_s=3.0).best_bytes_per_s
     finally:
         reads.close()
+
+
+def start(verb: str) -> float:
+    """Seconds that the interpreter and the imports of a verb take."""
+    began = time.perf_counter()
+    subprocess.run([sys.executable, "-c", STARTS[verb]], check=True)
+    return time.perf_counter() - began
 
 
 def run(command: list[str], cap: int) -> CappedRun:
@@ -55,9 +66,10 @@ def row(verb: str, bits: int, done: CappedRun, nbytes: int, probed: float, start
     """What a run comes to, beside the probed bandwidth; also printed."""
     rate = nbytes / max(1e-9, done.wall_s - start_s)
     peak, anonymous = format_size(done.max_usage_bytes or 0), format_size(done.max_anon_bytes)
+    whole = nbytes / done.wall_s
     print(
-        f"{verb:<7} int{bits:<3} {format_size(nbytes)} in {done.wall_s:.1f} s, without the start {rate / 1e9:.2f} GB/s, "
-        f"{rate / probed:.2f} of the probed {probed / 1e9:.2f}; peak {peak}, anonymous {anonymous}",
+        f"{verb:<7} int{bits:<3} {format_size(nbytes)} in {done.wall_s:.1f} s: {whole / 1e9:.2f} GB/s, {whole / probed:.2f} of "
+        f"the probed {probed / 1e9:.2f}; without the start {rate / probed:.2f}; peak {peak}, anonymous {anonymous}",
         file=sys.stderr,
     )
     return {
@@ -68,10 +80,11 @@ def row(verb: str, bits: int, done: CappedRun, nbytes: int, probed: float, start
         "start_s": start_s,
         "peak_bytes": done.max_usage_bytes,
         "peak_anonymous_bytes": done.max_anon_bytes,
-        "bytes_per_s": nbytes / done.wall_s,
+        "bytes_per_s": whole,
         "bytes_per_s_without_start": rate,
         "probed_bytes_per_s": probed,
-        "share_of_probed": rate / probed,
+        "share_of_probed": whole / probed,
+        "share_of_probed_without_start": rate / probed,
     }
 
 
@@ -90,9 +103,7 @@ def main() -> int:
     for bits in options.bits:
         folder = options.out / f"int{bits}"
         shutil.rmtree(folder, ignore_errors=True)
-        began = time.perf_counter()
-        subprocess.run([sys.executable, "-c", START], check=True)
-        start_s = time.perf_counter() - began
+        start_s = {verb: start(verb) for verb in STARTS}
         evict(shards(options.checkpoint))
         probed = bandwidth(options.checkpoint)
         evict(shards(options.checkpoint))
@@ -100,9 +111,10 @@ def main() -> int:
         manifest = read_manifest(folder)
         written = sum(layer.num_experts * layer.block_bytes for layer in manifest.moe_layers)
         written += sum(int(entry["bytes"]) for entry in manifest.files.values())
-        rows.append(row("pack", bits, packed, read_bytes + written, probed, start_s))
+        rows.append(row("pack", bits, packed, read_bytes + written, probed, start_s["pack"]))
         evict(shards(folder))
-        rows.append(row("verify", bits, run(["verify", str(folder)], options.cap), written, probed, start_s))
+        verified = run(["verify", str(folder), "--json"], options.cap)
+        rows.append(row("verify", bits, verified, written, probed, start_s["verify"]))
         if not options.keep:
             shutil.rmtree(folder)
     config = {"bits": options.bits, "cap_bytes": options.cap, "checkpoint_bytes": read_bytes}

@@ -77,6 +77,15 @@ def test_weights_are_rounded_as_the_twin_rounds_them(rows: int, columns: int, bi
     assert not got[rows // 2].any() or rows == 1
 
 
+@pytest.mark.parametrize("rows,columns", SHAPES)
+@pytest.mark.parametrize("bits,group", [(8, 32), (4, 32), (4, 128)])
+def test_bits_of_bfloat16_give_what_their_floats_give(rows: int, columns: int, bits: int, group: int) -> None:
+    halves = (random(rows, columns).view(np.uint32) >> 16).astype(np.uint16)
+    how = layout(rows, columns, bits, group)
+    floats = (halves.astype(np.uint32) << 16).view(np.float32)
+    assert np.array_equal(quantized(halves, how), quantized(floats, how))
+
+
 @pytest.mark.parametrize("bits,group", [(8, 32), (4, 32), (4, 128)])
 def test_the_error_is_at_most_half_a_step(bits: int, group: int) -> None:
     weights = random(70, 260)

@@ -210,11 +210,18 @@ def _source(
             rows, columns = piece.shape
             first = first_row[piece.name]
             first_row[piece.name] += rows
-            chosen = (weights.T if transposed[number] else weights)[first : first + rows].float().contiguous()
+            chosen = (weights.T if transposed[number] else weights)[first : first + rows]
             layout = MatrixLayout(rows=rows, columns=columns, bits=piece.bits, group=group)
-            quantize(chosen.numpy(), layout, out, workers)
+            quantize(_as_array(chosen), layout, out, workers)
 
     return Source(slot_bytes(layers), read, convert)
+
+
+def _as_array(weights: torch.Tensor) -> np.ndarray:
+    """Weights as :func:`quantize` takes them, without a copy where that can be."""
+    if weights.dtype == torch.bfloat16:
+        return weights.contiguous().view(torch.int16).numpy().view(np.uint16)
+    return weights.float().contiguous().numpy()
 
 
 def _as_it_is(ref: TensorRef, reader: FileReader) -> DenseTensor:
@@ -237,10 +244,10 @@ def _in_8_bits(ref: TensorRef, reader: FileReader) -> DenseTensor:
         for first in range(0, layout.rows, at_once):
             rows = min(at_once, layout.rows - first)
             raw = reader.read(ref.file, ref.offset + first * row_bytes, rows * row_bytes, buffer)
-            weights = torch.from_numpy(raw.copy()).view(DTYPES[ref.dtype]).view(rows, layout.columns).float()
+            weights = torch.from_numpy(raw.copy()).view(DTYPES[ref.dtype]).view(rows, layout.columns)
             part = dense_layout((rows, layout.columns))
             out = np.empty(part.nbytes, np.uint8)
-            quantize(weights.numpy(), part, out)
+            quantize(_as_array(weights), part, out)
             yield out[: part.scales_offset]
             scales.append(out[part.scales_offset :])
         yield from scales

@@ -23,10 +23,12 @@ _INFINITE = np.uint32(0x7F800000)
 
 
 def quantize(weights: np.ndarray, layout: MatrixLayout, out: np.ndarray, workers: Executor | None = None) -> None:
-    """Quantise ``weights``, float32 (rows, columns) C-contiguous, into ``out``, uint8 of ``layout.nbytes``.
+    """Quantise ``weights`` (rows, columns), C-contiguous, into ``out``, uint8 of ``layout.nbytes``.
 
     Parameters
     ----------
+    weights : float32 or uint16 ndarray of shape (rows, columns)
+        uint16 are the bits of bfloat16, which are widened row by row: no copy of the whole is made.
     workers : Executor, optional
         Threads to share the row blocks among.
 
@@ -37,7 +39,8 @@ def quantize(weights: np.ndarray, layout: MatrixLayout, out: np.ndarray, workers
     """
     values, scales, zeros = layout.planes(out)
     out[layout.scales_offset :] = 0  # what lies between the planes is part of the bytes
-    arguments = (weights, weights.view(np.uint32), layout.rows, layout.columns, values, scales)
+    bits = weights if weights.dtype == np.uint16 else weights.view(np.uint32)
+    arguments = (bits, np.uint32(32 - 8 * bits.itemsize), layout.rows, layout.columns, values, scales)
     blocks = layout.row_blocks
     cuts = [(0, blocks)] if workers is None else [(blocks * i // 4, blocks * (i + 1) // 4) for i in range(4)]
 
@@ -53,76 +56,96 @@ def quantize(weights: np.ndarray, layout: MatrixLayout, out: np.ndarray, workers
 
 
 @_compiled
-def _quantize_8(first, end, weights, bits, rows, columns, values, scales):  # type: ignore[no-untyped-def]
+def _widen(bits, shift, row, columns, out):  # type: ignore[no-untyped-def]
+    """Bits of a row as those of float32, and the largest of them without its sign."""
+    largest = np.uint32(0)
+    for column in range(columns):
+        wide = np.uint32(bits[row, column]) << shift
+        out[column] = wide
+        largest = max(largest, wide & np.uint32(0x7FFFFFFF))
+    return largest
+
+
+@_compiled
+def _quantize_8(first, end, bits, shift, rows, columns, values, scales):  # type: ignore[no-untyped-def]
     finite = True
+    floats = np.empty(columns, np.float32)
+    row_bits = floats.view(np.uint32)
+    peak_of = np.zeros(1, np.float32)
+    peak_bits = peak_of.view(np.uint32)
+    quantized = np.zeros((ROW_BLOCK, columns), np.int8)
     for block in range(first, end):
         values[block] = 0
         for lane in range(ROW_BLOCK):
             row = block * ROW_BLOCK + lane
             if row >= rows:
+                quantized[lane] = 0
                 scales[block, lane] = np.float32(0)
                 continue
-            largest = np.uint32(0)
-            for column in range(columns):
-                largest = max(largest, bits[row, column] & np.uint32(0x7FFFFFFF))
-            if largest >= _INFINITE:
+            peak_bits[0] = _widen(bits, shift, row, columns, row_bits)
+            if peak_bits[0] >= _INFINITE:
                 finite = False
-            peak = np.float32(0)
-            for column in range(columns):
-                peak = max(peak, abs(weights[row, column]))
-            scale = peak / np.float32(127)
+            scale = peak_of[0] / np.float32(127)
             inverse = np.float32(1) / scale if scale > np.float32(0) else np.float32(0)
             scales[block, lane] = scale
             for column in range(columns):
-                scaled = weights[row, column] * inverse + np.float32(128.5)  # positive, so that cutting off rounds
-                values[block, column, lane] = min(np.int32(scaled), np.int32(255)) - np.int32(128)
+                scaled = floats[column] * inverse + np.float32(128.5)  # positive, so that cutting off rounds
+                quantized[lane, column] = min(np.int32(scaled), np.int32(255)) - np.int32(128)
+        for column in range(columns):
+            for lane in range(ROW_BLOCK):
+                values[block, column, lane] = quantized[lane, column]
     return finite
 
 
 @_compiled
-def _quantize_4(first, end, weights, bits, rows, columns, values, scales, zeros, group):  # type: ignore[no-untyped-def]
+def _quantize_4(first, end, bits, shift, rows, columns, values, scales, zeros, group):  # type: ignore[no-untyped-def]
     finite = True
-    scratch = np.zeros(group, np.uint32)
+    groups = scales.shape[1]
+    floats = np.zeros(groups * group, np.float32)  # padding is a weight of zero
+    row_bits = floats.view(np.uint32)
+    quantized = np.zeros((ROW_BLOCK, groups * group), np.uint8)
+    eights = quantized.view(np.uint64)
+    lows, highs = np.zeros(8, np.float32), np.zeros(8, np.float32)
     step_of = np.zeros(1, np.float32)
     step_bits = step_of.view(np.uint32)
+    half = ROW_BLOCK // 2
     for block in range(first, end):
-        values[block] = 0
         zeros[block] = 0
         for lane in range(ROW_BLOCK):
             row = block * ROW_BLOCK + lane
-            for g in range(scales.shape[1]):
-                scales[block, g, lane] = 0
+            if row >= rows:
+                quantized[lane] = 0
+                scales[block, :, lane] = 0
+                continue
+            if _widen(bits, shift, row, columns, row_bits) >= _INFINITE:
+                finite = False
+            for g in range(groups):
                 begin = g * group
-                length = min(group, columns - begin)
-                if row >= rows or length <= 0:
-                    continue
-                largest = np.uint32(0)
+                for i in range(8):
+                    lows[i] = highs[i] = np.float32(0)
+                for at in range(begin, begin + group, 8):
+                    for i in range(8):  # side by side, so that they are compared at once
+                        lows[i] = min(lows[i], floats[at + i])
+                        highs[i] = max(highs[i], floats[at + i])
                 low = high = np.float32(0)
-                for i in range(length):
-                    largest = max(largest, bits[row, begin + i] & np.uint32(0x7FFFFFFF))
-                for i in range(length):
-                    low = min(low, weights[row, begin + i])
-                    high = max(high, weights[row, begin + i])
-                if largest >= _INFINITE:
-                    finite = False
+                for i in range(8):
+                    low, high = min(low, lows[i]), max(high, highs[i])
                 step_of[0] = (high - low) / np.float32(15)
                 step_bits[0] = (step_bits[0] + np.uint32(0x8000)) & np.uint32(0xFFFF0000)  # to bfloat16, halves upwards
                 step = step_of[0]
                 inverse = np.float32(1) / step if step > np.float32(0) else np.float32(0)
                 zero = min(np.float32(np.int32(np.float32(0.5) - low * inverse)), np.float32(15))
-                for i in range(group):
-                    scratch[i] = np.uint32(zero)  # padding is a weight of zero
-                for i in range(length):
-                    scaled = weights[row, begin + i] * inverse + (zero + np.float32(0.5))
-                    scratch[i] = np.uint32(min(max(np.int32(scaled), np.int32(0)), np.int32(15)))
-                for word in range(group // 8):
-                    packed = np.uint32(0)
-                    for j in range(8):
-                        packed |= scratch[word * 8 + j] << np.uint32(4 * j)
-                    values[block, begin // 8 + word, lane] = packed
+                for i in range(begin, begin + group):
+                    scaled = floats[i] * inverse + (zero + np.float32(0.5))
+                    quantized[lane, i] = min(max(np.int32(scaled), np.int32(0)), np.int32(15))
                 scales[block, g, lane] = np.uint16(step_bits[0] >> np.uint32(16))
-                half = ROW_BLOCK // 2
                 zeros[block, g, lane % half] |= np.uint8(np.int32(zero) << (4 * (lane // half)))
+        for word in range(eights.shape[1]):
+            for lane in range(ROW_BLOCK):  # eight bytes of four bits each become one word
+                packed = eights[lane, word]
+                packed = (packed | packed >> np.uint64(4)) & np.uint64(0x00FF00FF00FF00FF)
+                packed = (packed | packed >> np.uint64(8)) & np.uint64(0x0000FFFF0000FFFF)
+                values[block, word, lane] = np.uint32(packed | packed >> np.uint64(16))
     return finite
 
 
