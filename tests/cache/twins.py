@@ -361,7 +361,7 @@ class NextUse(Twin):
         for weight in self.weight:
             for block in range(3):
                 weight[block * experts : (block + 1) * experts] = np.eye(experts, dtype=np.float32) * self.priors[block]
-        self.order, self.pairs, self.trust = [], [], defaultdict(float)
+        self.order, self.pairs, self.trust = [], [], 0.0
 
     def demand(self, layer, experts):
         count, horizon, ridge = self.num_experts, np.float32(0.8), np.float32(1000)
@@ -408,7 +408,7 @@ class NextUse(Twin):
         self.order = [other for other in self.order if other != key] + [key]
         for doubted, other in self.pairs:
             if key in (doubted, other):
-                self.trust[pool] = 0.998 * self.trust[pool] + (-1 if key == doubted else 1)
+                self.trust = 0.9998 * self.trust + (-1 if key == doubted else 1)
                 self.pairs.remove((doubted, other))
                 break
 
@@ -418,7 +418,7 @@ class NextUse(Twin):
         if learned != oldest:
             pair = dict(may)[learned], dict(may)[oldest]
             self.pairs = [other for other in self.pairs if not set(other) & set(pair)] + [pair]
-        return learned if self.trust[pool] >= 16 else oldest
+        return learned if self.trust >= 50 else oldest
 
 
 TWINS = {

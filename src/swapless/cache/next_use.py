@@ -32,9 +32,9 @@ from swapless.errors import UsageError, message
 from swapless.notation import Phase
 
 _PREFILL = int(Phase.PREFILL)
-_TRUST_FADE = 0.998
-"""What a pair counts less with each that comes after it: about the last five hundred decide."""
-_TRUST_NEEDED = 16.0
+_TRUST_FADE = 0.9998
+"""What a pair counts less with each that comes after it: about the last five thousand, of all MoE layers, decide."""
+_TRUST_NEEDED = 50.0
 """Where neither is better, the sum of +1 and -1 faded like this strays by about as much (1 / sqrt(1 - fade^2))."""
 
 
@@ -47,7 +47,7 @@ class NextUseState(NamedTuple):
 
     Of the guard: ``uses`` int64 (1,) requests so far and ``last`` int64 (L*E,) the expert's latest; ``rival`` int32 (L*E,) the
     other of its pair or -1, ``doubted`` uint8 (L*E,) whether the map would have dropped it rather than that one; ``trust``
-    float64 (pools,) faded sum of +1 for every pair the map was right about and -1 for every other.
+    float64 (1,) faded sum of +1 for every pair the map was right about and -1 for every other.
     """
 
     fed: np.ndarray
@@ -85,7 +85,7 @@ def _on_access(state, residency, pool, key, hit, clock, phase):  # type: ignore[
     state.uses[0] += 1
     state.last[key] = state.uses[0]
     if state.rival[key] >= 0 and phase != _PREFILL:
-        state.trust[pool] = _TRUST_FADE * state.trust[pool] + (-1.0 if state.doubted[key] else 1.0)
+        state.trust[0] = _TRUST_FADE * state.trust[0] + (-1.0 if state.doubted[key] else 1.0)
         _settle(state, key)
 
 
@@ -123,7 +123,7 @@ def _victim(state, residency, pool, clock):  # type: ignore[no-untyped-def]
     state.rival[other] = doubted
     state.doubted[doubted] = 1
     state.doubted[other] = 0
-    return learned if state.trust[pool] >= _TRUST_NEEDED else oldest
+    return learned if state.trust[0] >= _TRUST_NEEDED else oldest
 
 
 rules(NextUseState, on_demand=_on_demand, on_access=_on_access, victim=_victim)
@@ -193,5 +193,5 @@ class NextUse:
             last=np.zeros(layers * experts, np.int64),
             rival=np.full(layers * experts, -1, np.int32),
             doubted=np.zeros(layers * experts, np.uint8),
-            trust=np.zeros(pools),
+            trust=np.zeros(1),
         )
