@@ -93,7 +93,7 @@ def plan(
     model = hollow_model(opened)
     dry = dry_run(model)
     if opened.manifest is None:
-        forms = [(opened if bits == dense == 16 else as_packed(opened, bits, dense)) for bits, dense in precisions]
+        forms = [(opened if bits == dense == 16 else as_packed(opened, bits, dense, model)) for bits, dense in precisions]
     else:
         forms = [opened]
     reads = Reads(opened, machine, whole)

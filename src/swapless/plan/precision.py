@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+
+from transformers import PreTrainedModel
 
 from swapless.runtime.door import experts_of, packed_layout, skeleton
 from swapless.runtime.open import OpenCheckpoint
@@ -14,13 +15,14 @@ GROUP = 32
 """Columns that share a scale in 4 bits: what ``swapless pack`` takes by default."""
 
 
-def as_packed(opened: OpenCheckpoint, bits: int, dense_bits: int) -> OpenCheckpoint:
+def as_packed(opened: OpenCheckpoint, bits: int, dense_bits: int, model: PreTrainedModel | None = None) -> OpenCheckpoint:
     """``opened`` with the layout and manifest that ``swapless pack`` with these bits would give it.
 
     Its slots, non-expert bytes and way of computing are those of the packed store, so whatever is asked of an opened
-    checkpoint can be asked of it, except to be read: its blocks are nowhere.
+    checkpoint can be asked of it, except to be read: its blocks are nowhere. ``model`` is any instance of its model, by
+    default one made for the purpose.
     """
-    meta: Any = skeleton(opened.cls, opened.config)
+    meta = model if model is not None else skeleton(opened.cls, opened.config)
     linears = opened.layout.linear_keys if dense_bits == 8 else {}
     layers = packed_layers(opened, dict(experts_of(meta)), bits, GROUP)
     manifest = Manifest(
