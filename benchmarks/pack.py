@@ -1,6 +1,7 @@
 """Pack and verify a checkpoint of gigabytes under a memory cap, beside the bandwidth of the disk.
 
-    python benchmarks/pack.py --checkpoint out/bench-3gb/original --out out/packed --bits 8 4
+    python benchmarks/pack.py                     # the checkpoint of benchmarks/offload.py, in 8 and in 4 bits
+    python benchmarks/pack.py --checkpoint DIR --bits 4
 
 ``swapless pack`` and then ``swapless verify`` run in a memory cgroup of their own (page cache counted) of ``--cap``, from cold
 files, kernels compiled before. A row gives what each took, its peak, and bytes read and written over its time, with the
@@ -101,8 +102,8 @@ def row(verb: str, bits: int, done: CappedRun, nbytes: int, probed: float, start
 def main() -> int:
     """Pack, verify, print a table on stderr and one JSON document on stdout."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--checkpoint", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--checkpoint", type=Path, default=Path("out/bench-3gb/original"))
+    parser.add_argument("--out", type=Path, default=Path("out/packed"), help="folder for the packed stores")
     parser.add_argument("--bits", type=int, nargs="+", default=[8, 4])
     parser.add_argument("--cap", type=parse_size, default=450_000_000, help="of the memory cgroup, page cache counted")
     parser.add_argument("--keep", action="store_true", help="keep the packed stores")
