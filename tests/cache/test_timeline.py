@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -89,12 +90,13 @@ def foresight(trace, *, right=0.8, seed=0, **more):
     ids=str,
 )
 def test_the_slow_twin_says_the_same(trace, figures, more):
+    block = replace(BLOCK, landing_s=0.4)
     given = None if more is None else foresight(trace, **more)
     for kind, capacity in (("layer", 3), ("shared", 9)):
         pools = pools_for(capacity, 3, 8, 2, kind)
-        found = timeline(trace, "lru", pools, device(**figures), block=BLOCK, expert_bytes=2, foresight=given).times
-        room = given and staging_room(given, trace, device(**figures), block=BLOCK, expert_bytes=2)
-        slow = slow_timeline(trace, pools, device(**figures), BLOCK, 2, given, room)
+        found = timeline(trace, "lru", pools, device(**figures), block=block, expert_bytes=2, foresight=given).times
+        room = given and staging_room(given, trace, device(**figures), block=block, expert_bytes=2)
+        slow = slow_timeline(trace, pools, device(**figures), block, 2, given, room)
         fast = zip(found.compute_s, found.stall_s, found.reads, found.useful, found.late, found.wasted)
         for one, other in zip(fast, slow, strict=True):
             assert one == pytest.approx(other, abs=1e-6)

@@ -106,7 +106,7 @@ def slow_timeline(trace, pools, device, block, expert_bytes, foresight=None, roo
             predicting = foresight.token_s / moments if reader and layer + lead < layers else 0.0
             done = now + predicting + block.shared_s + at_once * block.expert_s
             for there in sorted(landings):
-                done = max(done, there) + block.expert_s
+                done = max(done, there) + block.landing_s + block.expert_s
             if reader and layer + 1 < layers:
                 if layer + lead < layers:
                     reader.foresee(token, layer + lead, cache.slots[pools.pool_of_layer[layer + lead]])

@@ -89,3 +89,27 @@ def test_the_page_in_a_browser(browser_page, traces, tmp_path):
     browser_page.wait_for_function("document.documentElement.scrollWidth <= window.innerWidth + 1")
     assert said == []
     assert all(url.startswith(("file:", "blob:", "data:")) for url in fetched)
+
+
+@pytest.mark.slow
+def test_the_page_of_simulate_in_a_browser(browser_page, tmp_path):
+    html = tmp_path / "simulate.html"
+    given = ["--policy", "lru,belady", "--capacity", "0.125,0.25,0.5", "--device", "UFS 4.0", "--prefetch", "clairvoyant"]
+    result = CliRunner().invoke(app, ["simulate", str(SAMPLE), *given, "--html", str(html)])
+    assert result.exit_code == 0, result.output
+    said = []
+    browser_page.on("console", lambda line: said.append(f"{line.type}: {line.text}"))
+    browser_page.on("pageerror", lambda error: said.append(str(error)))
+    browser_page.goto(html.as_uri())
+    browser_page.wait_for_function(
+        "document.querySelectorAll('.plot .main-svg').length >= document.querySelectorAll('.plot').length"
+    )
+    marks = browser_page.evaluate(
+        "[...document.querySelectorAll('.plot')].map(p => [p.id, p.querySelectorAll('.bars path, .point').length])"
+    )
+    assert [name for name, _ in marks] == ["plot-hit_rate", "plot-bytes", "plot-speed", "plot-time", "plot-prefetch"]
+    assert all(count >= 6 for _, count in marks), marks
+    words = browser_page.locator("#losses li").all_inner_texts()
+    assert words[0] == "lru, 12% of the experts: no room to read ahead, for every MoE layer keeps its K."
+    assert browser_page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+    assert said == []
