@@ -77,6 +77,6 @@ def test_the_nearest_curve_is_that_of_the_nearest_shape():
 
 def test_a_policy_without_a_curve_needs_a_trace():
     with pytest.raises(UnknownNameError, match="next_use"):
-        CurveHits(model(), "arc").of(12)
+        CurveHits(model(), "arc")
     found = CurveHits(model(experts=64, top_k=6), "lru")
     assert found.of(3 * 64).hit_rate == 1.0 and "no trace" in found.source

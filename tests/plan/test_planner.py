@@ -36,7 +36,7 @@ def roomy(opened: Any) -> Any:
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Ghosts of a model whose experts are large enough for bits to matter."""
-    return example(tmp_path_factory.mktemp("ghosts"))
+    return example(tmp_path_factory.mktemp("ghosts"), intermediate_size=8192, num_experts_per_tok=2)
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +101,7 @@ def test_the_named_smallest_budget_works_and_one_byte_less_does_not(large: Any, 
 
 def test_fewer_bits_need_less(large: Any, least: int) -> None:
     needs = {(row.bits, row.dense_bits): row.needs_bytes for row in planned(large, least, whole=False).set_ups}
-    assert needs[16, 16] > needs[8, 16] > needs[4, 16] == least
+    assert needs[16, 16] > needs[4, 16] >= least == min(needs.values())
     found = planned(large, needs[16, 16] - 1, whole=False)
     assert found.lossless is None and found.best.bits < 16
     assert "not here" in found.reads_from
@@ -116,6 +116,7 @@ def test_less_memory_is_fewer_slots_fewer_hits_and_reading_ahead_is_a_choice(ope
     assert ahead.budget.slots < plain.budget.slots < 96
     assert ahead.hit_rate < plain.hit_rate < 1
     assert found.lossless is plain, "what run does with no further options"
+    assert found.best.prefetch is None, "an estimate is not recommended"
     assert ahead.commands[0].endswith("--prefetch gate --context 256 --prompt ...")
     for row in found.set_ups:
         assert row.budget is None or row.speed.token_s >= row.speed.floor_s > 0

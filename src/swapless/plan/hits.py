@@ -112,6 +112,11 @@ class CurveHits:
         The model.
     policy : str
         Name of the cache policy.
+
+    Raises
+    ------
+    UnknownNameError
+        The policy has no stored curve.
     """
 
     def __init__(self, opened: OpenCheckpoint, policy: str = DEFAULT_POLICY) -> None:
@@ -119,16 +124,11 @@ class CurveHits:
         self._policy = policy
         self._curve = nearest_curve(self._shape.experts, self._shape.top_k)
         curve = self._curve
+        curve.rate(policy, curve.num_experts, curve.num_experts, curve.top_k)  # refuse early what has no curve
         self.source = f"the curve of {curve.model_id} (E={curve.num_experts}, K={curve.top_k}), no trace of this model given"
 
     def of(self, slots: int) -> Expected:
-        """Read off the curve at ``slots`` over the MoE layers.
-
-        Raises
-        ------
-        UnknownNameError
-            The policy has no stored curve.
-        """
+        """Read off the curve at ``slots`` over the MoE layers."""
         layers, experts, top_k = self._shape
         rate = self._curve.rate(self._policy, slots / layers, experts, top_k)
         return Expected(rate, binomial(top_k, rate))

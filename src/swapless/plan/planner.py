@@ -214,9 +214,13 @@ def _set_up(
 
 
 def _best(rows: Sequence[SetUp]) -> SetUp:
-    """The fastest, held against those with more bits: fewer must be worth it."""
+    """The fastest, held against those with more bits: fewer must be worth it.
+
+    What reading ahead gains is an estimate that no run has confirmed, so it is shown and never recommended.
+    """
     best: SetUp | None = None
-    for row in sorted((row for row in rows if row.speed), key=lambda row: (-row.bits, -row.dense_bits, row.prefetch or "")):
+    fit = (row for row in rows if row.speed and row.prefetch is None)
+    for row in sorted(fit, key=lambda row: (-row.bits, -row.dense_bits)):
         assert row.speed is not None
         if best is None or best.speed is None or row.speed.tokens_per_s > WORTH_BITS * best.speed.tokens_per_s:
             best = row
