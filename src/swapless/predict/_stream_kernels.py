@@ -1,7 +1,7 @@
 """The learned predictor's arithmetic for one token, compiled.
 
-One token is products of a vector and a matrix, whose cost is reading and writing: eight rows of weights go into the result at
-a time, and rows of choices, nearly all of them zeros, are skipped.
+One token is products of a vector and a matrix. A matrix lies output by output, so that each product is a sum over what lies
+side by side: nothing is written inside a loop, and the compiler makes it wide.
 """
 
 from __future__ import annotations
@@ -32,22 +32,12 @@ def add_chosen(x: Any, weight: Any, out: Any) -> None:
 
 @_compiled
 def add_product(x: Any, weight: Any, out: Any) -> None:
-    """Add ``x @ weight`` to ``out``: x (n,), weight (n, m), out (m,)."""
-    whole = len(x) - len(x) % 8
-    for row in range(0, whole, 8):
-        a, b, c, d, e, f, g, h = x[row], x[row + 1], x[row + 2], x[row + 3], x[row + 4], x[row + 5], x[row + 6], x[row + 7]
-        for column in range(len(out)):
-            out[column] += (
-                a * weight[row, column]
-                + b * weight[row + 1, column]
-                + c * weight[row + 2, column]
-                + d * weight[row + 3, column]
-                + e * weight[row + 4, column]
-                + f * weight[row + 5, column]
-                + g * weight[row + 6, column]
-                + h * weight[row + 7, column]
-            )
-    add_chosen(x[whole:], weight[whole:], out)
+    """Add ``weight @ x`` to ``out``: x (n,), weight (m, n), out (m,)."""
+    for row in range(len(out)):
+        weights, total = weight[row], np.float32(0)
+        for place in range(len(x)):
+            total += x[place] * weights[place]
+        out[row] += total
 
 
 @_compiled
@@ -84,9 +74,9 @@ def attend(
 ) -> None:
     """One attention layer on the vector ``x`` (D,) of the token at ``place``, in place.
 
-    ``keys`` and ``values`` (W, D) are rings of the last W tokens; ``distance`` (W, heads).
+    ``keys`` and ``values`` (W, D) are rings of the last W tokens; ``distance`` (heads, W).
     """
-    width, (window, heads) = len(x), distance.shape
+    width, (heads, window) = len(x), distance.shape
     size = width // heads
     normed, fed = np.empty(width, np.float32), np.zeros(3 * width, np.float32)
     scale_rms(x, normed)
@@ -102,7 +92,7 @@ def attend(
             row, total = (place - back) % window, np.float32(0)
             for d in range(part.start, part.stop):
                 total += fed[d] * keys[row, d]
-            weight[back] = total / np.sqrt(np.float32(size)) + distance[back, head]
+            weight[back] = total / np.sqrt(np.float32(size)) + distance[head, back]
             most = max(most, weight[back])
         total = np.float32(0)
         for back in range(count):
@@ -124,24 +114,26 @@ def attend(
 
 @_compiled
 def base_logits(
-    x: Any, blocks: Any, chosen: int, out: Any, bias: Any, base: Any, hidden: Any, into: Any, context: Any, out_weight: Any
+    x: Any,
+    fed: Any,
+    first: int,
+    end: int,
+    out: Any,
+    bias: Any,
+    base: Any,
+    hidden: Any,
+    into: Any,
+    context: Any,
+    out_weight: Any,
 ) -> None:
-    """Base logits ``out`` (L, E) from the context ``x`` (D,) and the ``blocks`` (BLOCKS, L, E), of which one holds choices."""
-    layers, experts = out.shape
-    normed, inner = np.empty(len(x), np.float32), np.empty(hidden.shape[2], np.float32)
-    scale_rms(x, normed)
-    for layer in range(layers):
+    """Base logits ``out[first:end]`` (L, E) from the context ``x`` (D,), scaled, and the blocks ``fed`` (L, BLOCKS*E)."""
+    inner = np.empty(hidden.shape[2], np.float32)
+    for layer in range(first, end):
         out[layer] = bias[layer]
         inner[:] = hidden[layer, 0]
-        add_product(normed, context[layer], inner)
-        for block in range(blocks.shape[0]):
-            rows = slice(block * experts, (block + 1) * experts)
-            if block == chosen:
-                add_chosen(blocks[block, layer], base[layer, rows], out[layer])
-                add_chosen(blocks[block, layer], into[layer, rows], inner)
-            else:
-                add_product(blocks[block, layer], base[layer, rows], out[layer])
-                add_product(blocks[block, layer], into[layer, rows], inner)
+        add_product(x, context[layer], inner)
+        add_product(fed[layer], base[layer], out[layer])
+        add_product(fed[layer], into[layer], inner)
         silu(inner)
         add_product(inner, out_weight[layer], out[layer])
 

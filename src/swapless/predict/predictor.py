@@ -152,23 +152,24 @@ class Fitted:
             Another model or shape, or no tokens where the predictor reads them.
         """
         header = trace.header
+        step = "Use a predictor of the trace's model, or train one: swapless predict train."
         for name, ours, theirs in (
             ("MoE layers", self.num_moe_layers, trace.num_moe_layers),
             ("experts a token", self.top_k, trace.top_k),
         ):
             if ours != theirs:
-                raise PredictorMismatchError(message(f"The trace has another number of {name}.", got=theirs, allowed=ours))
+                what = f"The trace has another number of {name} than the predictor's model."
+                raise PredictorMismatchError(message(what, got=theirs, allowed=ours, step=step))
         named = header.model_id is not None and self.model_id is not None
         if named and header.model_id != self.model_id:
             what = "The predictor was fitted for another model."
-            step = "Train one for this model: swapless predict train."
             raise PredictorMismatchError(message(what, got=header.model_id, allowed=self.model_id, step=step))
         wrong = header.num_experts != self.num_experts if named else int(trace.expert_ids.max()) >= self.num_experts
         if wrong:
             what = "The trace has other experts than the predictor's model."
             got = header.num_experts if named else int(trace.expert_ids.max())
             allowed = self.num_experts if named else f"ids below {self.num_experts}"
-            raise PredictorMismatchError(message(what, got=got, allowed=allowed))
+            raise PredictorMismatchError(message(what, got=got, allowed=allowed, step=step))
         if self.vocabulary is not None and getattr(trace, self.vocabulary) is None:
             what = f"The predictor reads tokens ({self.vocabulary}), and the trace has none."
             raise PredictorMismatchError(message(what, step="Record the trace with them, or use a predictor that needs none."))

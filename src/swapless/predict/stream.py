@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, final
 import numpy as np
 
 from swapless.predict._kernels import finish_token, past_blocks, prior_blocks
-from swapless.predict._stream_kernels import add_chosen, add_product, attend, base_logits, read, step
+from swapless.predict._stream_kernels import add_product, attend, base_logits, read, scale_rms, step
 from swapless.predict.counts import PAIR
 from swapless.predict.features import BLOCKS, FADES, scalars
 from swapless.predict.token_stream import TokenStream
@@ -24,8 +24,8 @@ ATTENTION = ("qkv.weight", "out.weight", "up.weight", "up.bias", "down.weight", 
 BASE = ("base_bias", "base", "base_hidden", "base_in", "base_context", "base_out")
 STEP = ("step_state", "step_bias", "step_choice", "step_direct", "step_out")
 READ = ("gain", "read", "near")
-CHOSEN = 3
-"""The feature block of the last token's choices, nearly all zeros."""
+BY_INPUT = ("base", "base_in", "base_context", "base_out", "step_state", "step_out", "read")
+"""Stacks (L, inputs, outputs) that a stream wants output by output."""
 
 
 @final
@@ -45,12 +45,13 @@ class Stream(TokenStream):
         weights: dict[str, Any] = {name: value.detach().numpy() for name, value in network.state_dict().items()}
         kept = ("word", "letters", "scalars.bias", *BASE, *STEP, *READ)
         self._w = {name: weights[name] for name in kept}
+        for name in BY_INPUT:
+            self._w[name] = np.ascontiguousarray(weights[name].transpose(0, 2, 1))
         for name in ("prior", "before", "faded", "scalars"):
-            self._w[name] = np.ascontiguousarray(weights[f"{name}.weight"].T)
+            self._w[name] = weights[f"{name}.weight"]
         self._w["step_bias"] = weights["step_bias"][:, 0]
         self._layers = [
-            [np.ascontiguousarray(weights[f"attention.{number}.{name}"].T) for name in ATTENTION]
-            for number in range(self._shape.attention_layers)
+            [weights[f"attention.{number}.{name}"] for name in ATTENTION] for number in range(self._shape.attention_layers)
         ]
         self._shift = np.einsum("gd,lde->gle", weights["shift"], weights["read"])
         self._smooth = self._memory.smooth
@@ -74,8 +75,10 @@ class Stream(TokenStream):
 
     def _begin(self, token: str | int) -> None:
         self._state, blocks = self._context(token, self._next(token))
-        parts = blocks.reshape(BLOCKS, self._shape.num_moe_layers, self._shape.num_experts)
-        base_logits(self._state, parts, CHOSEN, self._base, *(self._w[name] for name in BASE))
+        layers = self._shape.num_moe_layers
+        self._fed = np.ascontiguousarray(blocks.reshape(BLOCKS, layers, -1).transpose(1, 0, 2)).reshape(layers, -1)
+        self._before_token, self._ready = np.empty_like(self._state), 0
+        scale_rms(self._state, self._before_token)
 
     def _pass(self, token: str | int, left: int) -> None:
         pair = self._next(token)
@@ -93,7 +96,7 @@ class Stream(TokenStream):
         x = self._text(token) + self._w["scalars.bias"]
         add_product(scalars(numbers, np.array([self._place]))[0], self._w["scalars"], x)
         add_product(blocks[0, 0] + blocks[1, 0] + blocks[2, 0], self._w["prior"], x)
-        add_chosen(blocks[CHOSEN, 0], self._w["before"], x)
+        add_product(blocks[3, 0], self._w["before"], x)
         add_product(blocks[6, 0], self._w["faded"], x)
         for weights, keys, values in zip(self._layers, self._keys, self._values):
             attend(x, self._place, keys, values, *weights)
@@ -103,6 +106,10 @@ class Stream(TokenStream):
         step(self._state, moe_layer, self._ids[moe_layer], *(self._w[name] for name in STEP))
 
     def _read(self, count: int) -> np.ndarray:
+        end = self._known + count
+        if end > self._ready:  # base logits when they are first wanted: a part of them, while the model is at work
+            base_logits(self._before_token, self._fed, self._ready, end, self._base, *(self._w[name] for name in BASE))
+            self._ready = end
         scores = np.empty((count, self._shape.num_experts), np.float32)
         gain, weight, near = (self._w[name] for name in READ)
         read(self._state, self._ids, self._known, self._base, gain, self._shift, weight, near, scores)
