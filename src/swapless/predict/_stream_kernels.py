@@ -1,7 +1,8 @@
 """The learned predictor's arithmetic for one token, compiled.
 
 One token is products of a vector and a matrix. A matrix lies output by output, so that each product is a sum over what lies
-side by side: nothing is written inside a loop, and the compiler makes it wide.
+side by side: nothing is written inside a loop, and the compiler makes it wide. What it takes is reading the weights from
+memory, so they stay in half precision, as they lie in the file, and are widened as they are read.
 """
 
 from __future__ import annotations
@@ -9,8 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import llvmlite.binding as llvm
 import numba
 import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic, overload
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -18,6 +23,38 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 def _compiled(function: Function) -> Function:
     compiled: Any = numba.njit(cache=True, nogil=True, fastmath={"reassoc", "contract", "nsz"})(function)
     return compiled
+
+
+_X86 = llvm.get_default_triple().startswith(("x86", "i686"))
+HALF = bool(not _X86 or llvm.get_host_cpu_features().get("f16c"))
+"""Whether the processor widens half precision itself: nearly all do, x86 since 2012."""
+
+
+def half_bits(weights: np.ndarray) -> np.ndarray:
+    """Weights as the kernels take them: the bits of float16, or float32 where the processor cannot widen those."""
+    if not HALF:
+        return np.ascontiguousarray(weights, np.float32)
+    return np.ascontiguousarray(weights, np.float16).view(np.uint16)
+
+
+@intrinsic
+def _widened(_: Any, bits: Any) -> Any:
+    def code(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        return builder.fpext(builder.bitcast(arguments[0], ir.HalfType()), ir.FloatType())
+
+    return types.float32(bits), code
+
+
+def wide(weight: Any) -> Any:
+    """A weight as float32."""
+    return np.float32(weight.view(np.float16)) if weight.dtype == np.uint16 else weight
+
+
+@overload(wide, inline="always")
+def _wide(weight):  # type: ignore[no-untyped-def]
+    if weight == types.uint16:
+        return lambda weight: _widened(weight)
+    return lambda weight: weight
 
 
 @_compiled
@@ -32,11 +69,11 @@ def add_chosen(x: Any, weight: Any, out: Any) -> None:
 
 @_compiled
 def add_product(x: Any, weight: Any, out: Any) -> None:
-    """Add ``weight @ x`` to ``out``: x (n,), weight (m, n), out (m,)."""
+    """Add ``weight @ x`` to ``out``: x (n,), weight (m, n) as :func:`half_bits` has it, out (m,)."""
     for row in range(len(out)):
         weights, total = weight[row], np.float32(0)
         for place in range(len(x)):
-            total += x[place] * weights[place]
+            total += x[place] * wide(weights[place])
         out[row] += total
 
 

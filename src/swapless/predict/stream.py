@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, final
 import numpy as np
 
 from swapless.predict._kernels import finish_token, past_blocks, prior_blocks
-from swapless.predict._stream_kernels import add_product, attend, base_logits, read, scale_rms, step
+from swapless.predict._stream_kernels import add_product, attend, base_logits, half_bits, read, scale_rms, step
 from swapless.predict.counts import PAIR
 from swapless.predict.features import BLOCKS, FADES, scalars
 from swapless.predict.token_stream import TokenStream
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from swapless.predict.transformer import Transformer
 
 ATTENTION = ("qkv.weight", "out.weight", "up.weight", "up.bias", "down.weight", "down.bias", "distance")
+BARE = ("up.bias", "down.bias", "distance")
 BASE = ("base_bias", "base", "base_hidden", "base_in", "base_context", "base_out")
 STEP = ("step_state", "step_bias", "step_choice", "step_direct", "step_out")
 READ = ("gain", "read", "near")
@@ -46,12 +47,16 @@ class Stream(TokenStream):
         kept = ("word", "letters", "scalars.bias", *BASE, *STEP, *READ)
         self._w = {name: weights[name] for name in kept}
         for name in BY_INPUT:
-            self._w[name] = np.ascontiguousarray(weights[name].transpose(0, 2, 1))
+            self._w[name] = half_bits(weights[name].transpose(0, 2, 1))
         for name in ("prior", "before", "faded", "scalars"):
-            self._w[name] = weights[f"{name}.weight"]
+            self._w[name] = half_bits(weights[f"{name}.weight"])
         self._w["step_bias"] = weights["step_bias"][:, 0]
         self._layers = [
-            [weights[f"attention.{number}.{name}"] for name in ATTENTION] for number in range(self._shape.attention_layers)
+            [
+                weights[f"attention.{number}.{name}"] if name in BARE else half_bits(weights[f"attention.{number}.{name}"])
+                for name in ATTENTION
+            ]
+            for number in range(self._shape.attention_layers)
         ]
         self._shift = np.einsum("gd,lde->gle", weights["shift"], weights["read"])
         self._smooth = self._memory.smooth
