@@ -57,9 +57,9 @@ def expert_weights_per_s() -> Iterator[tuple[str, float]]:
 
 def example(folder: Path, **sizes: int) -> OpenCheckpoint:
     """One MoE layer of OLMoE's shape (or of other ``sizes``), with 16 experts, as ghosts in ``folder``."""
-    shape = {"hidden_size": 2048, "intermediate_size": 1024, "num_hidden_layers": 1, "num_experts": 16, "vocab_size": 64}
-    no_tokens = {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
-    config = transformers.OlmoeConfig(**shape | sizes, **no_tokens, dtype="bfloat16", architectures=["OlmoeForCausalLM"])
+    shape: dict[str, Any] = {"hidden_size": 2048, "intermediate_size": 1024, "num_hidden_layers": 1, "num_experts": 16}
+    shape |= {"vocab_size": 64, "pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
+    config = transformers.OlmoeConfig(**shape | sizes, dtype="bfloat16", architectures=["OlmoeForCausalLM"])
     config.save_pretrained(folder)
     entries: dict[str, Any] = {}
     end = 0
