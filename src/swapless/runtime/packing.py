@@ -39,6 +39,8 @@ DENSE_BITS = (16, 8)
 
 _SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.md", "LICENSE*")
 _CHUNK_BYTES = 2 << 20
+_READERS = 2
+"""Parts of an expert that are read at once: what keeps a disk busy."""
 
 Progress = Callable[[str, float], None]
 
@@ -115,9 +117,9 @@ def pack(
         linears = opened.layout.linear_keys if dense_bits == 8 else {}
         tensors = [_in_8_bits(ref, reader) if ref.key in linears else _as_it_is(ref, reader) for ref in refs]
         packing.dense(DENSE, tensors, lambda nbytes: meter.add(2 * nbytes))
-        with ThreadPoolExecutor(torch.get_num_threads()) as workers:
+        with ThreadPoolExecutor(torch.get_num_threads()) as workers, ThreadPoolExecutor(_READERS) as readers:
             transposed = [bool(modules[layer.path].is_transposed) for layer in opened.layout.moe_layers]
-            source = _source(opened, reader, layers, transposed, group, workers)
+            source = _source(opened, reader, layers, transposed, group, workers, readers)
             layers = [
                 packing.layer(number, plan, layer.num_experts, source, meter.add)
                 for number, (plan, layer) in enumerate(zip(layers, opened.layout.moe_layers, strict=True))
@@ -186,14 +188,21 @@ def _source(
     transposed: list[bool],
     group: int,
     workers: ThreadPoolExecutor,
+    readers: ThreadPoolExecutor,
 ) -> Source:
     layers = opened.layout.moe_layers
     everyone = [(number, expert) for number, layer in enumerate(layers) for expert in range(layer.num_experts)]
     store = CheckpointStore(lambda number, expert: layers[number].sources(expert), reader, everyone)
-    bounce = store.bounce_buffer()
+    bounces = [store.bounce_buffer() for _ in range(_READERS)]
 
     def read(number: int, expert: int, slot: np.ndarray) -> int:
-        return store.read(number, expert, slot, bounce)
+        parts = store.parts(number, expert)
+
+        def share(reader: int) -> int:
+            mine = range(reader, parts, _READERS)
+            return sum(store.read_part(number, expert, part, slot, bounces[reader]) for part in mine)
+
+        return sum(readers.map(share, range(_READERS)))
 
     def convert(number: int, slot: np.ndarray, block: np.ndarray) -> None:
         block[:] = 0
