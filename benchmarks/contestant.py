@@ -9,8 +9,11 @@ judged after the clock has stopped. The answer is one JSON document on stdout.
 
 from __future__ import annotations
 
+import atexit
 import json
+import shutil
 import sys
+import tempfile
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -23,10 +26,11 @@ import numpy as np
 class Task:
     """What one contestant does.
 
-    ``engine`` is ``plain`` (transformers with ``implementation``) or ``swapless`` (with ``memory_bytes`` or ``resident``, and
-    ``prefetch``). ``warm_up`` tokens are decoded before the clock starts. ``rehearsals`` is how often the whole sequence runs
-    before the timed pass, for warm runs. ``aligned`` gives plain transformers 64-byte-aligned copies of its weights: the
-    reference for bit identity. ``time_limit_s`` ends the decoding early.
+    ``engine`` is ``plain`` (transformers with ``implementation``), ``accelerate`` (the same with experts left on disk) or
+    ``swapless`` (with ``memory_bytes`` or ``resident``, and ``prefetch``). ``warm_up`` tokens are decoded before the clock
+    starts. ``rehearsals`` is how often the whole sequence runs before the timed pass, for warm runs. ``aligned`` gives plain
+    transformers 64-byte-aligned copies of its weights: the reference for bit identity. ``time_limit_s`` ends the decoding
+    early.
     """
 
     engine: str
@@ -67,13 +71,29 @@ def _load(task: Task) -> Any:
         return swapless.load(task.folder, context=task.context, prefetch=task.prefetch, **target)
     from transformers import AutoModelForCausalLM
 
+    options: dict[str, Any] = {}
+    if task.engine == "accelerate":
+        scratch = tempfile.mkdtemp()
+        atexit.register(shutil.rmtree, scratch, ignore_errors=True)
+        options = {"device_map": _experts_on_disk(task.folder), "offload_folder": scratch}
     model = AutoModelForCausalLM.from_pretrained(
-        task.folder, dtype="auto", experts_implementation=task.implementation, local_files_only=True
+        task.folder, dtype="auto", experts_implementation=task.implementation, local_files_only=True, **options
     ).eval()
     if task.aligned:
         for parameter in model.parameters():
             parameter.data = parameter.data.clone()
     return model
+
+
+def _experts_on_disk(folder: str) -> dict[str, str]:
+    """accelerate's device map with the experts on disk and all else in memory."""
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with init_empty_weights():
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    leaves = [name for name, module in model.named_modules() if not list(module.children()) or name.endswith(".experts")]
+    return {name: "disk" if name.endswith(".experts") else "cpu" for name in leaves if ".experts." not in name}
 
 
 def _run(model: Any, task: Task, *, timed: bool) -> Pass:
