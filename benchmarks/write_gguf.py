@@ -116,7 +116,7 @@ def write(folder: Path, out: Path, kind: Any) -> int:
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    for name, key, rows, of in wanted:
+    for _, key, rows, of in wanted:
         bits = checkpoint.mapped(key)
         parts = [bits] if rows is None else [expert[None, rows] for expert in bits]
         writer.write_tensor_data(np.concatenate([converted(part, of) for part in parts]))
