@@ -205,6 +205,7 @@ def test_the_command_line_plans_for_a_hub_id(serve: Any, sharded: Path, kept_mac
     hub = serve({"made/model": sharded})
     environment = os.environ | {
         "HF_ENDPOINT": hub.endpoint,
+        "HF_HUB_OFFLINE": "0",
         "HF_HOME": str(tmp_path / "hf"),
         "XDG_CACHE_HOME": str(kept_machine.parent),
     }

@@ -18,7 +18,7 @@ ALLOWED = {
     "cache": {"trace"},
     "predict": {"trace"},
     "runtime": {"store", "cache", "predict", "trace"},
-    "plan": {"runtime", "store", "cache", "trace"},
+    "plan": {"runtime", "store", "cache", "trace", "embedded"},
     "oracle": {"trace", "locality", "cache", "predict", "runtime"},
 }
 """What each package may import besides itself and the ground floor; cli, report and testing see everything."""

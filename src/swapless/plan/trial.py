@@ -21,6 +21,7 @@ from swapless.plan.hub import write_ghost
 from swapless.plan.precision import as_packed
 from swapless.plan.products import expert_time
 from swapless.runtime.door import experts_of, model_class, skeleton
+from swapless.runtime.model import load
 from swapless.runtime.open import OpenCheckpoint, open_checkpoint
 from swapless.store.headers import SINGLE_NAME
 
@@ -36,10 +37,8 @@ def _trial() -> dict[str, Any]:
     import rich.progress  # noqa: F401  the command line holds these too
     import typer  # noqa: F401
 
-    import swapless
-
     transformers.utils.logging.set_verbosity_error()
-    model: Any = swapless.load(embedded.path(), resident=1.0)
+    model: Any = load(embedded.path(), resident=1.0)
     with model:
         return dict(model.swapless.budget.parts)
 
