@@ -46,7 +46,7 @@ from swapless.store.packed import read_manifest
 CONSOLE = Console(stderr=True, width=None if sys.stderr.isatty() else 150)
 MARGIN_BYTES = 50_000_000
 """What the budget of Swapless stays below the cap."""
-BASE_BYTES = 450_000_000
+BASE_BYTES = 600_000_000
 """Added to the caps of ``--quick``, whose model is smaller than any interpreter."""
 SHARES = (0.35, 0.70)
 MOST_DISK_BYTES = 45e9
