@@ -18,6 +18,7 @@ def folder(tmp_path_factory):
     return path
 
 
+@pytest.mark.slow
 def test_train_fit_compare(swapless, folder):
     corpus = ("--corpus", folder / "corpus.parquet")
     for router in ("dense", "switch", "oracle"):

@@ -201,6 +201,7 @@ def test_a_folder_is_taken_as_it_is(checkpoint: Path, tmp_path: Path) -> None:
     assert local_or_headers("./no such folder", tmp_path) == (Path("no such folder"), True)
 
 
+@pytest.mark.slow
 def test_the_command_line_plans_for_a_hub_id(serve: Any, sharded: Path, kept_machine: Path, tmp_path: Path) -> None:
     hub = serve({"made/model": sharded})
     environment = os.environ | {

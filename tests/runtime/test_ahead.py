@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,16 @@ def always_on(model: Any) -> None:
     model.swapless._fetcher.prefetcher._governor.token_done = lambda seconds: None
 
 
-@pytest.mark.parametrize("policy", ["lru", "lfu"])
-@pytest.mark.parametrize("prefetch", ["gate", "gate:2"])
-@pytest.mark.parametrize("slots", [3, 12])
+EVERY_TIME = {(3, "gate", "lru"), (12, "gate:2", "lru")}
+
+
+@pytest.mark.parametrize(
+    ("slots", "prefetch", "policy"),
+    [
+        pytest.param(*case, marks=() if case in EVERY_TIME else pytest.mark.slow)
+        for case in product((3, 12), ("gate", "gate:2"), ("lru", "lfu"))
+    ],
+)
 def test_same_tokens_and_same_hits(
     qwen3_moe: Path, load: Any, generate: Any, prompt: Any, eager: Any, prefetch: str, policy: str, slots: int
 ) -> None:

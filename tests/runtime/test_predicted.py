@@ -108,6 +108,7 @@ def made_like(trace, texts):
     return replace(trace, token=pa.array(texts, pa.string()))
 
 
+@pytest.mark.slow
 def test_a_batch_is_followed_row_by_row(saved, load, tokenizer):
     texts = [PROMPT, "def main():", "One and one is"]
     without = load(embedded.path(), resident=0.25, context=128)

@@ -151,6 +151,7 @@ def test_a_run_stopped_anywhere_goes_on_to_the_same_bytes(packed: Path, tmp_path
         assert contents(folder) == whole and done - {JOURNAL} <= set(whole)
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_bytes(packed: Path, tmp_path: Path) -> None:
     folder = tmp_path / "killed"
     program = (
