@@ -37,12 +37,14 @@ def half_bits(weights: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(weights, np.float16).view(np.uint16)
 
 
-@intrinsic
-def _widened(_: Any, bits: Any) -> Any:
+def _widening(_: Any, bits: Any) -> Any:
     def code(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
         return builder.fpext(builder.bitcast(arguments[0], ir.HalfType()), ir.FloatType())
 
     return types.float32(bits), code
+
+
+_widened: Any = intrinsic(_widening)
 
 
 def wide(weight: Any) -> Any:

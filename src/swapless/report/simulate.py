@@ -84,7 +84,7 @@ def _over_capacity(
         best = policy in _OPTIMA
         data.append(
             line(
-                label.replace(policy, _OPTIMA.get(policy, policy), 1),
+                label.replace(policy, _OPTIMA[policy], 1) if best else label,
                 [row["capacity_fraction"] for row in own],
                 [value(row) for row in own],
                 "#0f172a" if best else _COLOURS[policies.index(policy) % len(_COLOURS)],
