@@ -1,6 +1,6 @@
 """Swapless beside what one would run instead, under the same enforced memory limit, on a model that routes like a real one.
 
-    python benchmarks/peers.py --trace deepseek-v2-lite.puffin.parquet --llama-python /tmp/peers-venv/bin/python
+    python benchmarks/peers.py --trace deepseek-v2-lite.puffin.parquet --llama-python VENV/bin/python
     python benchmarks/peers.py --trace ... --llama-python ... --quick       # 4 small layers, one round, nothing stored
 
 The checkpoint is ``benchmarks/make_realistic.py``'s: qwen3moe, 16 layers, hidden size 2048, 128 experts of 768, top-8. All

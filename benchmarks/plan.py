@@ -21,50 +21,18 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from results import document, emit, store
-from timeline import Disk
+from timeline import CONTEXT, Disk, Run, arguments
 
 BUDGETS = (900_000_000, 1_200_000_000, 2_000_000_000)
 BITS = (16, 8, 4)
-CONTEXT = 256
 WITHIN = 0.20
 TRACE_TOKENS = 192
 """The last tokens of the checkpoint's sequence, which are never timed."""
-
-
-class Run:
-    """A loaded model that decodes given tokens; ``given`` says how much it may hold."""
-
-    def __init__(self, folder: Path, threads: int, context: int, **given: Any) -> None:
-        import torch
-
-        import swapless
-
-        torch.set_num_threads(threads)
-        self._torch = torch
-        self._model: Any = swapless.load(folder, context=context, **given)
-        self.engine = self._model.swapless
-
-    def prefill(self, ids: list[int]) -> None:
-        """Begin a text."""
-        with self._torch.inference_mode():
-            output = self._model(input_ids=self._torch.tensor([ids]), use_cache=True, logits_to_keep=1)
-        self._cache = output.past_key_values
-
-    def decode(self, tokens: list[int]) -> list[float]:
-        """Seconds of each token's forward call."""
-        seconds = []
-        with self._torch.inference_mode():
-            for token in tokens:
-                begun = time.perf_counter()
-                self._model(input_ids=self._torch.tensor([[token]]), past_key_values=self._cache, use_cache=True)
-                seconds.append(time.perf_counter() - begun)
-        return seconds
 
 
 def worker(asked: argparse.Namespace) -> None:
@@ -210,16 +178,8 @@ def summarise(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def main() -> None:
     """Measure, print a table and one JSON document, store the result."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--checkpoint", type=Path, default=Path("out/bench-3gb"))
-    parser.add_argument("--layout", default="original", help="original or fused")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--tokens", type=int, default=32, help="timed tokens of each run")
-    parser.add_argument("--warm-up", type=int, default=16, help="tokens before the clock starts")
-    parser.add_argument("--piece", type=int, default=4, help="tokens between two probes")
+    parser = arguments(__doc__.split("\n")[0], warm_up=16)
     parser.add_argument("--scratch", type=Path, default=None, help="folder for the packed stores, 3 GB; removed at the end")
-    parser.add_argument("--quick", action="store_true", help="one round of few tokens, nothing stored")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--memory", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--tokens-file", type=Path, help=argparse.SUPPRESS)

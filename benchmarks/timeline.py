@@ -30,6 +30,7 @@ from typing import Any
 import numpy as np
 from results import document, emit, store
 
+from swapless.cache import DEFAULT_POLICY
 from swapless.cache.devices import DeviceProfile
 from swapless.cache.replay import replay
 from swapless.cache.timeline import BlockTime, timeline
@@ -41,6 +42,7 @@ CAPACITIES = (12, 20, 32)
 """Experts a MoE layer, of 64 and with 8 needed at once."""
 WITHIN = 0.20
 PROBE_S = 0.15
+CONTEXT = 256
 _COPIES = 4
 
 
@@ -102,17 +104,16 @@ class ExpertsClock:
 
 
 class Run:
-    """One loaded model that decodes given tokens."""
+    """A loaded model that decodes given tokens; ``given`` says how much it may hold, and by which policy."""
 
-    def __init__(self, folder: Path, threads: int, share: float, policy: str | None) -> None:
+    def __init__(self, folder: Path, threads: int, context: int, **given: Any) -> None:
         import torch
 
         import swapless
 
         torch.set_num_threads(threads)
         self._torch = torch
-        chosen = {} if policy is None else {"policy": policy}
-        self.model: Any = swapless.load(folder, resident=share, context=256, **chosen)
+        self.model: Any = swapless.load(folder, context=context, **given)
         self.engine = self.model.swapless
 
     def prefill(self, ids: list[int]) -> None:
@@ -141,7 +142,7 @@ class Run:
 
 def compute_times(folder: Path, asked: argparse.Namespace, tokens: dict[str, list[int]]) -> dict[str, float]:
     """A token's time with every expert resident, and what of it is experts."""
-    run = Run(folder, asked.threads, 1.0, asked.policy)
+    run = Run(folder, asked.threads, CONTEXT, resident=1.0, policy=asked.policy)
     run.prefill(tokens["prompt"])
     run.decode(tokens["warm_up"] + tokens["decode"])  # reads what the timed pass will use
     run.prefill(tokens["prompt"])
@@ -161,7 +162,7 @@ def at_capacity(
     folder: Path, asked: argparse.Namespace, tokens: dict[str, list[int]], capacity: int, compute: dict[str, float]
 ) -> dict[str, Any]:
     """Run one capacity with probes in between, and predict it."""
-    run = Run(folder, asked.threads, capacity / asked.experts, asked.policy)
+    run = Run(folder, asked.threads, CONTEXT, resident=capacity / asked.experts, policy=asked.policy)
     engine = run.engine
     depth = engine.probe.depth
     disk = Disk(folder, engine.probe.block_bytes)
@@ -240,18 +241,24 @@ def summarise(rounds: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
-def main() -> None:
-    """Measure, print a table and one JSON document, store the result."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+def arguments(description: str, warm_up: int) -> argparse.ArgumentParser:
+    """Options of a benchmark that decodes the checkpoint's tokens a few at a time, with probes in between."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--checkpoint", type=Path, default=Path("out/bench-3gb"))
     parser.add_argument("--layout", default="original", help="original or fused")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--tokens", type=int, default=32, help="timed tokens of each run")
-    parser.add_argument("--warm-up", type=int, default=8, help="tokens before the clock starts")
+    parser.add_argument("--warm-up", type=int, default=warm_up, help="tokens before the clock starts")
     parser.add_argument("--piece", type=int, default=4, help="tokens between two probes")
-    parser.add_argument("--policy", default=None, help="by default the engine's own")
     parser.add_argument("--quick", action="store_true", help="one round of few tokens, nothing stored")
+    return parser
+
+
+def main() -> None:
+    """Measure, print a table and one JSON document, store the result."""
+    parser = arguments(__doc__.split("\n")[0], warm_up=8)
+    parser.add_argument("--policy", default=DEFAULT_POLICY)
     asked = parser.parse_args()
     if asked.quick:
         asked.rounds, asked.tokens = 1, min(asked.tokens, 8)

@@ -35,6 +35,16 @@ def browser_page(tmp_path):
         context.close()
 
 
+def opened(page, html):
+    """Show a page until every chart is drawn; the list to which all that it says on the console is added."""
+    said = []
+    page.on("console", lambda line: said.append(f"{line.type}: {line.text}"))
+    page.on("pageerror", lambda error: said.append(str(error)))
+    page.goto(html.as_uri())
+    page.wait_for_function("document.querySelectorAll('.plot .main-svg').length >= document.querySelectorAll('.plot').length")
+    return said
+
+
 @pytest.fixture(params=["sample twice", "recorded"])
 def traces(request, tmp_path):
     """The shipped sample against itself, and prefill and decode of the embedded model with the scores of its router."""
@@ -54,16 +64,10 @@ def test_the_page_in_a_browser(browser_page, traces, tmp_path):
     html = tmp_path / "report.html"
     result = CliRunner().invoke(app, ["locality", *map(str, paths), "--html", str(html)])
     assert result.exit_code == 0, result.output
-    said, fetched = [], []
-    browser_page.on("console", lambda line: said.append(f"{line.type}: {line.text}"))
-    browser_page.on("pageerror", lambda error: said.append(str(error)))
+    fetched = []
     browser_page.on("request", lambda request: fetched.append(request.url))
-    browser_page.goto(html.as_uri())
-    plots = browser_page.locator(".plot")
-    browser_page.wait_for_function(
-        "document.querySelectorAll('.plot .main-svg').length >= document.querySelectorAll('.plot').length"
-    )
-    assert plots.count() == charts
+    said = opened(browser_page, html)
+    assert browser_page.locator(".plot").count() == charts
     drawn = browser_page.evaluate(
         """() => [...document.querySelectorAll('.plot')].map(plot => {
             const marks = plot.querySelectorAll('.trace path, .heatmaplayer image, .bars path, .point');
@@ -97,13 +101,7 @@ def test_the_page_of_simulate_in_a_browser(browser_page, tmp_path):
     given = ["--policy", "lru,belady", "--capacity", "0.125,0.25,0.5", "--device", "UFS 4.0", "--prefetch", "clairvoyant"]
     result = CliRunner().invoke(app, ["simulate", str(SAMPLE), *given, "--html", str(html)])
     assert result.exit_code == 0, result.output
-    said = []
-    browser_page.on("console", lambda line: said.append(f"{line.type}: {line.text}"))
-    browser_page.on("pageerror", lambda error: said.append(str(error)))
-    browser_page.goto(html.as_uri())
-    browser_page.wait_for_function(
-        "document.querySelectorAll('.plot .main-svg').length >= document.querySelectorAll('.plot').length"
-    )
+    said = opened(browser_page, html)
     marks = browser_page.evaluate(
         "[...document.querySelectorAll('.plot')].map(p => [p.id, p.querySelectorAll('.bars path, .point').length])"
     )

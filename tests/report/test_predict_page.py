@@ -10,7 +10,7 @@ from swapless.predict import make_predictor
 from swapless.predict.saved import save_predictor
 from swapless.trace import write_trace
 from tests.predict.made import made_trace
-from tests.report.test_browser import browser_page
+from tests.report.test_browser import browser_page, opened
 
 __all__ = ["browser_page"]  # a fixture
 
@@ -25,13 +25,7 @@ def test_the_page_in_a_browser(browser_page, kind, lines, tmp_path):
     arguments = ["predict", "eval", tmp_path / "p", tmp_path / "t.parquet", "--html", html]
     result = CliRunner().invoke(app, [str(argument) for argument in arguments])
     assert result.exit_code == 0, result.output
-    said = []
-    browser_page.on("console", lambda line: said.append(f"{line.type}: {line.text}"))
-    browser_page.on("pageerror", lambda error: said.append(str(error)))
-    browser_page.goto(html.as_uri())
-    browser_page.wait_for_function(
-        "document.querySelectorAll('.plot .main-svg').length >= document.querySelectorAll('.plot').length"
-    )
+    said = opened(browser_page, html)
     drawn = browser_page.evaluate(
         """() => [...document.querySelectorAll('.plot')].map(
             plot => [plot.id, plot.querySelectorAll('.scatterlayer .trace, .bars').length])"""

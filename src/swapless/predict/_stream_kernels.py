@@ -60,16 +60,6 @@ def _wide(weight):  # type: ignore[no-untyped-def]
 
 
 @_compiled
-def add_chosen(x: Any, weight: Any, out: Any) -> None:
-    """Add ``x @ weight`` to ``out``, where most of ``x`` is 0: x (n,), weight (n, m), out (m,)."""
-    for row in range(len(x)):
-        value = x[row]
-        if value != 0:
-            for column in range(len(out)):
-                out[column] += value * weight[row, column]
-
-
-@_compiled
 def add_product(x: Any, weight: Any, out: Any) -> None:
     """Add ``weight @ x`` to ``out``: x (n,), weight (m, n) as :func:`half_bits` has it, out (m,)."""
     for row in range(len(out)):
