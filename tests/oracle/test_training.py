@@ -8,6 +8,7 @@ from dataclasses import asdict, replace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
 from transformers import AutoTokenizer
 
@@ -18,6 +19,8 @@ from swapless.oracle.corpus import domain_texts, read_documents, token_streams
 from swapless.oracle.fit import fit_routers
 from swapless.oracle.fork import fork
 from swapless.oracle.losses import balance_loss, sticky_loss
+from swapless.oracle.muon import Muon, orthogonalised, split_parameters
+from swapless.oracle.output_loss import next_token_loss
 from swapless.oracle.recipe import Recipe
 from swapless.oracle.router import changes
 from swapless.oracle.sorted_experts import sorted_experts_forward
@@ -61,22 +64,51 @@ def test_the_fork_from_a_dense_warm_up_loses_nothing(trainer, router):
     run.step()
     ids = text(0, 40) % 4000
     before = run.model.eval()(ids, use_cache=False).logits
-    moments = {n: s["exp_avg"].clone() for n, s in named_state(run).items()}
+    before_fork = {key: dict(found) for key, found in run.moments().items()}
     run.fork()
     after = run.model.eval()(ids, use_cache=False)
     assert torch.allclose(after.logits, before, atol=1e-4)
-    carried = named_state(run)
-    name = "model.layers.1.mlp.experts.up_proj"
-    source = moments["model.layers.1.mlp.up_proj.weight"]
-    assert source.any() and all(torch.equal(one, source) for one in carried[name]["exp_avg"])
-    assert torch.equal(carried["model.embed_tokens.weight"]["exp_avg"], moments["model.embed_tokens.weight"])
+    carried = run.moments()
+    mlp = "model.layers.1.mlp"
+    for key, new, old in (
+        ("momentum", f"{mlp}.experts.up_proj", f"{mlp}.up_proj.weight"),
+        ("exp_avg", f"{mlp}.experts.up_proj_bias", f"{mlp}.up_proj.bias"),
+    ):
+        source = before_fork[key][old]
+        assert source.any() and all(torch.equal(one, source) for one in carried[key][new])
+    embedding = "model.embed_tokens.weight"
+    assert torch.equal(carried["exp_avg_sq"][embedding], before_fork["exp_avg_sq"][embedding])
+    assert carried["step"][f"{mlp}.experts.up_proj_bias"] == 1
     run.step()
 
 
-def named_state(run: Trainer) -> dict[str, dict[str, torch.Tensor]]:
-    return {
-        name: dict(run._optimiser.state.get(p, {})) for name, p in run.model.named_parameters() if run._optimiser.state.get(p)
-    }
+def test_steps_of_muon_are_orthogonal_and_of_adamw_the_rest():
+    model = build("switch")
+    hidden, others, vectors = split_parameters(model)
+    assert len(hidden) + len(others) + len(vectors) == len(list(model.parameters()))
+    names = {id(p): name for name, p in model.named_parameters()}
+    assert all("proj" in names[id(p)] for p in hidden) and any(p.ndim == 3 for p in hidden)
+    assert any(names[id(p)].endswith("up_proj_bias") for p in vectors) and all("proj" not in names[id(p)] for p in others)
+    stack = torch.randn(3, 24, 40, generator=torch.Generator().manual_seed(0))
+    values = torch.linalg.svdvals(orthogonalised(stack))
+    assert 0.5 < float(values.min()) and float(values.max()) < 1.3
+    assert torch.equal(orthogonalised(stack)[1], orthogonalised(stack[1:2])[0])
+    parameter = torch.nn.Parameter(torch.zeros(40, 10))
+    parameter.grad = torch.randn(40, 10, generator=torch.Generator().manual_seed(1))
+    Muon([parameter], lr=0.1).step()
+    assert torch.allclose(parameter.detach(), -0.1 * 2 * orthogonalised(parameter.grad), atol=1e-2)
+
+
+def test_the_loss_in_pieces_is_the_loss(monkeypatch):
+    rng = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(50, 16, generator=rng).requires_grad_(), torch.randn(30, 16, generator=rng).requires_grad_()
+    expected = torch.randint(0, 30, (50,), generator=rng)
+    monkeypatch.setattr("swapless.oracle.output_loss._LOGITS_AT_ONCE", 30 * 7)
+    results = []
+    for loss in (next_token_loss(hidden, weight, expected), F.cross_entropy(hidden @ weight.t(), expected)):
+        results.append([loss, *torch.autograd.grad(3 * loss, [hidden, weight])])
+    for one, two in zip(*results, strict=True):
+        assert torch.allclose(one, two, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(("router", "warmup"), [("theme-gate", "dense"), ("oracle", "switch"), ("dense", "dense")])

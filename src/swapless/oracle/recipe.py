@@ -48,6 +48,8 @@ class Recipe:
         Shape of a batch, over all processes.
     joined_share : float
         Share of the rows that are made of three texts of different domains.
+    peak_lr, adamw_lr_share : float
+        Peak of Muon's rate (hidden matrices), and AdamW's share of it (embeddings, gates, vectors).
     rising_steps : int
         Over which the learning rate rises; then it falls to ``final_lr_share`` of its peak along a cosine.
     fit_batches : int
@@ -72,7 +74,8 @@ class Recipe:
     window_tokens: int = 512
     joined_share: float = 0.25
     domain_power: float = 0.5
-    peak_lr: float = 3e-3
+    peak_lr: float = 0.02
+    adamw_lr_share: float = 0.2
     final_lr_share: float = 0.05
     rising_steps: int = 100
     weight_decay: float = 0.1

@@ -83,21 +83,28 @@ def sorted_experts_forward(self: nn.Module, hidden_TD: Tensor, top_k_index: Tens
     """The same sum as transformers' eager experts, in another order of additions; experts with gates and biases, or without."""
     module: Any = self
     T, K = top_k_index.shape
+    kind = hidden_TD.device.type
+    # Autocast does not reach into a custom autograd function: what it would have cast is cast here.
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden_TD.dtype
+
+    def cast(name: str) -> Tensor:
+        return getattr(module, name).to(dtype)
+
     order_S = torch.argsort(top_k_index.reshape(-1), stable=True)
     ends = torch.bincount(top_k_index.reshape(-1), minlength=module.num_experts).cumsum(0).tolist()
     back_S = torch.empty_like(order_S)
     back_S[order_S] = torch.arange(T * K, device=order_S.device)
-    x_SD = _Dispatch.apply(hidden_TD, order_S, back_S)
+    x_SD = _Dispatch.apply(hidden_TD.to(dtype), order_S, back_S)
     gated = getattr(module, "has_gate", True)
     into = "gate_up_proj" if gated else "up_proj"
     biased = getattr(module, "has_bias", False)
-    inner_S = _GroupedLinear.apply(x_SD, getattr(module, into), getattr(module, f"{into}_bias") if biased else None, ends)
+    inner_S = _GroupedLinear.apply(x_SD, cast(into), cast(f"{into}_bias") if biased else None, ends)
     if gated:
         gate_SF, up_SF = inner_S.chunk(2, dim=-1)
         inner_SF = module.act_fn(gate_SF) * up_SF
     else:
         inner_SF = module.act_fn(inner_S)
-    y_SD = _GroupedLinear.apply(inner_SF, module.down_proj, module.down_proj_bias if biased else None, ends)
+    y_SD = _GroupedLinear.apply(inner_SF, cast("down_proj"), cast("down_proj_bias") if biased else None, ends)
     y_TKD = _Collect.apply(y_SD, order_S, back_S).view(T, K, -1)
     return (y_TKD * top_k_weights.unsqueeze(-1)).sum(dim=1)
 
