@@ -25,15 +25,14 @@ def orthogonalised(update: Tensor) -> Tensor:
     .. [1] Keller Jordan et al., "Muon: an optimizer for hidden layers in neural networks", 2024; the coefficients are theirs.
     """
     a, b, c = _QUINTIC
-    x = update.bfloat16()
+    x = update.flatten(0, -3) if update.ndim > 2 else update.unsqueeze(0)
     tall = x.shape[-2] > x.shape[-1]
-    if tall:
-        x = x.mT
+    x = (x.mT if tall else x).bfloat16()
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(_ROUNDS):
         gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    return (x.mT if tall else x).to(update.dtype)
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return (x.mT if tall else x).to(update.dtype).reshape(update.shape)
 
 
 class Muon(torch.optim.Optimizer):
