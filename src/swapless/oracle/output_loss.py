@@ -1,4 +1,4 @@
-"""The last product and its cross-entropy together, a few tokens at a time: the logits of a batch are never in memory at once."""
+"""The last product and its cross-entropy together, a few tokens at a time: a batch's logits are never in memory at once."""
 
 from __future__ import annotations
 

@@ -234,7 +234,6 @@ def train(
     run: Path,
     *,
     warmups: Path | None = None,
-    precision: str = "no",
     save_every_s: float = 120.0,
     report: Report = lambda stage, done: None,
 ) -> Path:
@@ -252,8 +251,6 @@ def train(
         The run's folder.
     warmups : Path, optional
         Folder in which runs share their warm-ups.
-    precision : str
-        Mixed precision of Accelerate: ``"no"`` or ``"bf16"``.
     save_every_s : float
         Between checkpoints.
     report : callable
@@ -279,7 +276,7 @@ def train(
         _same_recipe(run, recipe)
         return exported
     run.mkdir(parents=True, exist_ok=True)
-    accelerator = Accelerator(mixed_precision=precision, cpu=not torch.cuda.is_available())
+    accelerator = Accelerator(mixed_precision=recipe.precision, cpu=not torch.cuda.is_available())
     trainer = Trainer(recipe, streams, special_tokens(tokenizer), accelerator)
     checkpoint = run / "checkpoint.pt"
     shared = None if warmups is None else warmups / f"warmup-{recipe.warmup_key}.pt"
