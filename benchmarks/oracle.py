@@ -44,7 +44,7 @@ ROUTERS: dict[str, dict[str, Any]] = {
     "dense": {},
     "switch": {},
     "theme-gate": {"changes": {"change_budget": BUDGET}},
-    "oracle": {},
+    "oracle": {"changes": {"change_budget": BUDGET}},
     "prefix-mean": {},
     "hash-document": {},
     "theme-gate-slow": {"router": "theme-gate", "changes": {"memory_tokens": 0.0, "change_budget": BUDGET}},
@@ -52,6 +52,7 @@ ROUTERS: dict[str, dict[str, Any]] = {
     "sticky": {},
     "soft-theme": {},
     "attention-output": {},
+    "oracle-plain": {"router": "oracle"},
     "oracle-paper": {},
     "oracle-switch-warmup": {"router": "oracle", "warmup": "switch"},
 }
