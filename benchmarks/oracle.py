@@ -51,6 +51,7 @@ ROUTERS: dict[str, dict[str, Any]] = {
     "oracle": {"changes": {"change_budget": BUDGET}},
     "prefix-mean": {},
     "hash-document": {},
+    "theme-gate-fast": {"router": "theme-gate", "gate_lr_share": 0.1, "changes": {"change_budget": BUDGET}},
     "theme-gate-slow": {"router": "theme-gate", "changes": {"memory_tokens": 0.0, "change_budget": BUDGET}},
     "switch-budget": {"router": "switch", "changes": {"change_budget": BUDGET}},
     "sticky": {"gate_lr_share": TOKEN_GATE},
