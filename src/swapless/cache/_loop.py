@@ -53,8 +53,9 @@ def gather(ids: Any, moe_layer: Any, rows: Any, first: Any, end: Any, num_expert
     """Distinct experts that one forward call asks of one MoE layer, into the buffers; returns how many."""
     n = 0
     if end - first == 1:  # one token: its list as it is
-        for k in range(ids.shape[2]):
-            expert = ids[rows[first], moe_layer, k]
+        asked = ids[rows[first], moe_layer]
+        for k in range(asked.size):
+            expert = asked[k]
             if expert >= 0:
                 buffers.experts[n] = expert
                 n += 1
@@ -98,18 +99,13 @@ def replay_calls(
                     on_scores(state, residency, moe_layer, scores[i - starts[first_call], moe_layer])
             n = gather(ids, moe_layer, rows, starts[c], starts[c + 1], num_experts, b)
             hits = evictions = streamed = 0
-            for first in range(n if single else min(n, 1)):
-                end = first + 1 if single else n
-                experts = b.experts[first:end]
-                arrange(state, residency, moe_layer * num_experts, experts)
-                # A token is one demand set of its layer, also where its requests come one at a time.
-                residency.demand_sets[moe_layer] -= first > 0
-                _, hit, evicted, dropped = serve(
-                    state, residency, moe_layer, num_experts, experts, np.int64(phase[c]), b.hit, b.slot, b.wave
+            if n > 0:
+                experts = b.experts[:n]
+                if not single:
+                    arrange(state, residency, moe_layer * num_experts, experts)
+                _, hits, evictions, streamed = serve(
+                    state, residency, moe_layer, num_experts, experts, np.int64(phase[c]), single, b.hit, b.slot, b.wave
                 )
-                hits += hit
-                evictions += evicted
-                streamed += dropped
             tally.requests[c, moe_layer] = n
             tally.hits[c, moe_layer] = hits
             tally.evictions[c, moe_layer] = evictions

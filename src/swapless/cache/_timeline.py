@@ -185,7 +185,7 @@ def timeline_calls(
             experts = b.experts[:n]
             if foresee:
                 _learn(ahead.levels[row], num_experts, moe_layer, experts, residency.slot_of_key, ahead)
-            serve(state, residency, moe_layer, num_experts, experts, np.int64(phase[c]), b.hit, b.slot, b.wave)
+            serve(state, residency, moe_layer, num_experts, experts, np.int64(phase[c]), False, b.hit, b.slot, b.wave)
             base = moe_layer * num_experts
             misses = 0
             hits = 0
