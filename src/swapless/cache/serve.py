@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from swapless.cache.compiled import compiled
+from swapless.cache.compiled import compiled, compiled_apart
 from swapless.cache.policy import Policy, admit, on_access, on_demand, on_document, on_evict, on_insert, on_scores, victim
 from swapless.cache.residency import Residency, empty_residency
 from swapless.notation import Phase
@@ -22,7 +22,7 @@ _PREFILL = int(Phase.PREFILL)
 STREAMED = -1
 
 
-@compiled
+@compiled_apart
 def demand_order(ids: Any, num_experts: int, distinct: Any, tokens: Any, count: Any) -> int:
     """Distinct experts of ``ids`` (one axis), most used first, then as first named.
 
@@ -50,6 +50,13 @@ def demand_order(ids: Any, num_experts: int, distinct: Any, tokens: Any, count: 
         tokens[j] = uses
         distinct[j] = expert
     return n
+
+
+@compiled_apart
+def _spare_decode(pinned: Any, used_in_decode: Any, first: int, end: int, clock: int) -> None:
+    for slot in range(first, end):
+        if used_in_decode[slot]:
+            pinned[slot] = clock
 
 
 @compiled
@@ -95,20 +102,17 @@ def serve(
             found = s >= 0
             hit[np.uint64(i)] = found
             slot[np.uint64(i)] = s
-            hits += found
             # A miss writes to the place behind the last slot: no branch, so none to be mispredicted.
             place = np.uint64(s if found else nowhere)
             residency.pinned[place] = clock
-            if not prefill:
-                residency.used_in_decode[place] = 1
+            residency.used_in_decode[place] |= decode
         if prefill:
-            for s in range(first, end):
-                if residency.used_in_decode[s]:
-                    residency.pinned[s] = clock
+            _spare_decode(residency.pinned, residency.used_in_decode, first, end, clock)
         for i in range(begin, stop):
             key = base + np.int64(experts[np.uint64(i)])
             wave[np.uint64(i)] = 0
             if slot[np.uint64(i)] >= 0:
+                hits += 1
                 # In a later wave an expert that hit may already have gone again: its slot was used in the first wave.
                 resident = waves == 1 or residency.slot_of_key[np.uint64(key)] >= 0
                 on_access(state, residency, pool, key, resident, clock, phase)
