@@ -53,10 +53,11 @@ def demand_order(ids: Any, num_experts: int, distinct: Any, tokens: Any, count: 
 
 
 @compiled_apart
-def _spare_decode(pinned: Any, used_in_decode: Any, first: int, end: int, clock: int) -> None:
-    for slot in range(first, end):
-        if used_in_decode[slot]:
-            pinned[slot] = clock
+def _spare_decode(residency: Any, pool: Any, clock: int) -> None:
+    # Bounds are read here: known outside, checks for this loop would be made ready at every decode as well.
+    for slot in range(residency.pool_start[pool], residency.pool_start[pool + np.uint64(1)]):
+        if residency.used_in_decode[slot]:
+            residency.pinned[slot] = clock
 
 
 @compiled
@@ -107,7 +108,7 @@ def serve(
             residency.pinned[place] = clock
             residency.used_in_decode[place] |= decode
         if prefill:
-            _spare_decode(residency.pinned, residency.used_in_decode, first, end, clock)
+            _spare_decode(residency, pool, clock)
         for i in range(begin, stop):
             key = base + np.int64(experts[np.uint64(i)])
             wave[np.uint64(i)] = 0
@@ -140,12 +141,13 @@ def serve(
             wave[np.uint64(i)] = waves - 1
             slot[np.uint64(i)] = s
             if s >= 0:
-                residency.slot_of_key[np.uint64(key)] = s
                 residency.key_of_slot[np.uint64(s)] = key
                 if floor:
                     residency.held[moe_layer] += 1
                 residency.pinned[np.uint64(s)] = clock
                 residency.used_in_decode[np.uint64(s)] = decode
+                # The last store, so that the rule finds it in a register.
+                residency.slot_of_key[np.uint64(key)] = s
                 on_insert(state, residency, pool, key, clock, phase)
             else:
                 streamed += 1
