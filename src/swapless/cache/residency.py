@@ -73,12 +73,11 @@ def empty_residency(
 @compiled
 def may_go(residency: Any, slot: Any, clock: Any) -> Any:
     """Whether the expert in ``slot`` may be evicted now: not pinned, and its layer above the floor."""
-    if residency.pinned[slot] == clock:
-        return False
+    unpinned = residency.pinned[np.uint64(slot)] != clock
     if residency.floor[0] > 0:
-        moe_layer = residency.layer_of_key[residency.key_of_slot[slot]]
-        return moe_layer == residency.asking[0] or residency.held[moe_layer] > residency.floor[0]
-    return True
+        moe_layer = residency.layer_of_key[residency.key_of_slot[np.uint64(slot)]]
+        return unpinned & ((moe_layer == residency.asking[0]) | (residency.held[moe_layer] > residency.floor[0]))
+    return unpinned
 
 
 def layer_pools(num_moe_layers: int, num_experts: int, slots: int) -> tuple[list[int], list[int]]:
