@@ -46,7 +46,7 @@ def _victim(state, residency, pool, clock):  # type: ignore[no-untyped-def]
     lowest = np.inf
     for slot in range(residency.pool_start[pool], residency.pool_start[pool + 1]):
         count = state.uses[np.uint64(residency.key_of_slot[np.uint64(slot)])]
-        better = may_go(residency, np.uint64(slot), clock) & (count < lowest)
+        better = may_go(residency, slot, clock) & (count < lowest)
         lowest = count if better else lowest
         best = np.int64(slot) if better else best
     return best

@@ -72,7 +72,10 @@ def empty_residency(
 
 @compiled
 def may_go(residency: Any, slot: Any, clock: Any) -> Any:
-    """Whether the expert in ``slot`` may be evicted now: not pinned, and its layer above the floor."""
+    """Whether the expert in ``slot`` may be evicted now: not pinned, and its layer above the floor.
+
+    Without a branch on the pin, which is a guess: scans join the answer to their own comparison with ``&``.
+    """
     unpinned = residency.pinned[np.uint64(slot)] != clock
     if residency.floor[0] > 0:
         moe_layer = residency.layer_of_key[residency.key_of_slot[np.uint64(slot)]]
