@@ -112,13 +112,13 @@ def serve(
         for i in range(begin, stop):
             key = base + np.int64(experts[np.uint64(i)])
             wave[np.uint64(i)] = 0
-            if slot[np.uint64(i)] >= 0:
+            found = slot[np.uint64(i)] >= 0
+            # In a later wave an expert that hit may already have gone again: its slot was used in the first wave.
+            resident = found and (waves == 1 or residency.slot_of_key[np.uint64(key)] >= 0)
+            on_access(state, residency, pool, key, resident, clock, phase)
+            if found:
                 hits += 1
-                # In a later wave an expert that hit may already have gone again: its slot was used in the first wave.
-                resident = waves == 1 or residency.slot_of_key[np.uint64(key)] >= 0
-                on_access(state, residency, pool, key, resident, clock, phase)
                 continue
-            on_access(state, residency, pool, key, False, clock, phase)
             s = np.int64(-1)
             free = residency.free_count[pool]
             if free > 0:
