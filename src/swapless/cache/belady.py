@@ -98,9 +98,9 @@ def _last_needed(state: Any, residency: Any, pool: Any, clock: Any) -> Any:
         if farthest != _NEVER:
             for slot in range(best + 1, np.int64(residency.pool_start[pool + np.uint64(1)])):
                 key = np.uint64(residency.key_of_slot[np.uint64(slot)])
-                if state.upcoming[key] == farthest and may_go(residency, slot, clock):
-                    if _sooner(state, np.uint64(residency.key_of_slot[np.uint64(best)]), key):
-                        best = np.int64(slot)
+                held = np.uint64(residency.key_of_slot[np.uint64(best)])
+                if state.upcoming[key] == farthest and may_go(residency, slot, clock) and _sooner(state, held, key):
+                    best = np.int64(slot)
     return best
 
 

@@ -9,7 +9,6 @@ import numpy as np
 from swapless.cache.policy import rules
 from swapless.cache.residency import may_go
 
-
 _AHEAD = 1 << 61  # more than any clock
 
 

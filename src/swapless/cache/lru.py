@@ -32,7 +32,7 @@ def _on_insert(state, residency, pool, key, clock, phase):  # type: ignore[no-un
 @compiled
 def _renewed(state: Any, residency: Any, pool: Any, key: Any) -> None:
     head = np.uint64(residency.slot_of_key.size) + np.uint64(pool)
-    renew(state.before, state.after, head, np.uint64(residency.slot_of_key[np.uint64(key)]))
+    renew(state.before, state.after, head, np.uint64(residency.slot_of_key[key]))
 
 
 def _victim(state, residency, pool, clock):  # type: ignore[no-untyped-def]

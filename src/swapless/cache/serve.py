@@ -99,22 +99,23 @@ def serve(
         residency.clock[0] = clock
         on_demand(state, residency, moe_layer, experts[begin:stop], phase)
         for i in range(begin, stop):
-            s = np.int64(residency.slot_of_key[np.uint64(base + experts[np.uint64(i)])])
-            found = s >= 0
-            hit[np.uint64(i)] = found
-            slot[np.uint64(i)] = s
+            place = np.uint64(i)
+            s = np.int64(residency.slot_of_key[np.uint64(base + experts[place])])
+            hit[place] = s >= 0
+            slot[place] = s
             # A miss writes to the place behind the last slot: no branch, so none to be mispredicted.
-            place = np.uint64(s if found else nowhere)
-            residency.pinned[place] = clock
-            residency.used_in_decode[place] |= decode
+            s = s if s >= 0 else nowhere
+            residency.pinned[np.uint64(s)] = clock
+            residency.used_in_decode[np.uint64(s)] |= decode
         if prefill:
             _spare_decode(residency, pool, clock)
         for i in range(begin, stop):
-            key = base + np.int64(experts[np.uint64(i)])
-            wave[np.uint64(i)] = 0
-            found = slot[np.uint64(i)] >= 0
+            place = np.uint64(i)
+            key = np.uint64(base + experts[place])
+            wave[place] = 0
+            found = slot[place] >= 0
             # In a later wave an expert that hit may already have gone again: its slot was used in the first wave.
-            resident = found and (waves == 1 or residency.slot_of_key[np.uint64(key)] >= 0)
+            resident = found and (waves == 1 or residency.slot_of_key[key] >= 0)
             on_access(state, residency, pool, key, resident, clock, phase)
             if found:
                 hits += 1
@@ -132,22 +133,23 @@ def serve(
                     residency.clock[0] = clock
                     s = np.int64(victim(state, residency, pool, clock))
                 if s >= 0:
-                    old = np.int64(residency.key_of_slot[np.uint64(s)])
-                    residency.slot_of_key[np.uint64(old)] = -1
+                    old = np.uint64(residency.key_of_slot[np.uint64(s)])
+                    residency.slot_of_key[old] = -1
                     if floor:
                         residency.held[residency.layer_of_key[old]] -= 1
                     evictions += 1
                     on_evict(state, residency, pool, old, clock)
-            wave[np.uint64(i)] = waves - 1
-            slot[np.uint64(i)] = s
+            wave[place] = waves - 1
+            slot[place] = s
             if s >= 0:
-                residency.key_of_slot[np.uint64(s)] = key
+                mine = np.uint64(s)
+                residency.key_of_slot[mine] = key
                 if floor:
                     residency.held[moe_layer] += 1
-                residency.pinned[np.uint64(s)] = clock
-                residency.used_in_decode[np.uint64(s)] = decode
+                residency.pinned[mine] = clock
+                residency.used_in_decode[mine] = decode
                 # The last store, so that the rule finds it in a register.
-                residency.slot_of_key[np.uint64(key)] = s
+                residency.slot_of_key[key] = s
                 on_insert(state, residency, pool, key, clock, phase)
             else:
                 streamed += 1
