@@ -89,20 +89,20 @@ class Disk:
         return 1 / found.bytes_per_s[depth]
 
     @contextmanager
-    def busy(self, depth: int) -> Iterator[None]:
-        """Keep ``depth`` threads reading for as long as this is open."""
-        enough = threading.Event()
+    def busy(self, depth: int) -> Iterator[list[int]]:
+        """Keep ``depth`` threads reading for as long as this is open; the list receives the bytes of every read."""
+        enough, moved = threading.Event(), list[int]()
 
         def work(rng: np.random.Generator, buffer: np.ndarray) -> None:
             while not enough.is_set():
-                self.read(*self._extent(rng), buffer)
+                moved.append(len(self.read(*self._extent(rng), buffer)))
 
         room = self._block_bytes + 2 * BLOCK_BYTES
         threads = [threading.Thread(target=work, args=(rng, aligned_buffer(room))) for rng in self._rng.spawn(depth)]
         for thread in threads:
             thread.start()
         try:
-            yield
+            yield moved
         finally:
             enough.set()
             for thread in threads:
@@ -225,13 +225,16 @@ def at_capacity(
     reads: list[float] = []
     alone: list[float] = []
     beside: list[float] = []
+    moved_beside: list[float] = []
     stolen = 0.0
 
     def pause() -> None:
         reads.append(disk.read_s_per_byte(depth))
         alone.append(run.experts_per_s())
-        with disk.busy(depth):
+        begun = time.perf_counter()
+        with disk.busy(depth) as moved:
             beside.append(run.experts_per_s())
+        moved_beside.append(sum(moved) / (time.perf_counter() - begun))
 
     pause()
     for first in range(0, len(tokens["decode"]), asked.piece):
@@ -270,6 +273,7 @@ def at_capacity(
         "probed_bytes_per_s": [1 / one for one in reads],
         "experts_per_s_alone": alone,
         "experts_per_s_beside_reads": beside,
+        "read_bytes_per_s_beside_compute": moved_beside,
         "pace_beside_reads": block.pace_beside_reads,
         "run_bytes_per_stall_s": stats.decode_bytes_read / stats.decode_stall_s if stats.decode_stall_s else None,
         "predicted_tokens_per_s": foreseen.tokens_per_s,
