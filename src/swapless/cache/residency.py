@@ -20,8 +20,8 @@ class Residency(NamedTuple):
     (slots + 1,): whether decode has asked for the slot's expert; prefill never evicts such a one. The last place of both is
     for misses. ``clock`` int64 (1,).
     ``demand_sets`` int64 (L,): demand sets served a MoE layer, which in decode are its tokens. ``held`` int32 (L,): slots each
-    MoE layer holds; ``floor`` int32 (1,): a layer that holds no more than this loses nothing to another; ``asking`` int64 (1,):
-    the MoE layer being served. ``layer_of_key`` int32 (L*E,) saves a division.
+    MoE layer holds, counted only under a floor; ``floor`` int32 (1,): a layer that holds no more than this loses nothing to
+    another; ``asking`` int64 (1,): the MoE layer being served. ``layer_of_key`` int32 (L*E,) saves a division.
     """
 
     slot_of_key: np.ndarray

@@ -240,7 +240,7 @@ class ExpertCache:
             residency.slot_of_key[key] = -1
             residency.key_of_slot[slot] = -1
             residency.used_in_decode[slot] = 0
-            residency.held[moe_layer] -= 1
+            residency.held[moe_layer] -= int(residency.floor[0] > 0)
             residency.free_slots[residency.pool_start[pool] + residency.free_count[pool]] = slot
             residency.free_count[pool] += 1
             _evicted(self._state, residency, pool, key)
