@@ -2,7 +2,7 @@
 
 A policy is a file with three parts: a ``NamedTuple`` of arrays, which is its whole state; compiled rules over that state,
 registered for its type with :func:`rules`; and a final class with a ``name`` and a ``state`` method that builds a fresh state
-for a shape. ``key`` is ``moe_layer * E + expert``, unsigned. ``clock`` grows with every demand set and wave; ``residency`` is the
+for a shape. ``key`` is ``moe_layer * E + expert``. ``clock`` grows with every demand set and wave; ``residency`` is the
 :class:`~swapless.cache.residency.Residency` that the rules may read and never change. Rules allocate nothing.
 
 ``on_demand(state, residency, moe_layer, experts, phase)``
