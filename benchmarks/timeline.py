@@ -10,20 +10,26 @@ bandwidth of a shared disk drifts within seconds. The engine's own trace of that
 with the engine's own policy, the probed device and the compute times of the same round. Misses must agree exactly; tokens a
 second, as medians over the rounds, within 20 %.
 
-What stands for the device: bytes over seconds of all probes of the run, at the engine's own number of reads in flight. What the
-probe leaves out, the copy from the bounce buffer into the slot, is timed in the same pauses. It is done by the reader threads,
-but on two cores and one memory bus it is compute that waits for it, so it is charged there: an expert that had to be read
-costs its copy besides.
+What stands for the device: bytes over seconds of all probes of the run, at the engine's own number of reads in flight, each
+read copied from the bounce buffer to a slot's place as the reader threads do. What compute loses beside reads is measured in
+the same pauses: experts of the loaded model are computed alone, then while as many threads read and copy as in the engine; the
+ratio of the two rates is the timeline's ``pace_beside_reads``. Nothing is taken from the run's own times. What a hypervisor
+took away meanwhile (``steal`` of /proc/stat) is stored beside the figures.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import json
+import os
 import statistics
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -36,49 +42,80 @@ from swapless.cache.replay import replay
 from swapless.cache.timeline import BlockTime, timeline
 from swapless.store.checkpoint import Extent
 from swapless.store.probe import probe
-from swapless.store.read import FileReader, aligned_buffer
+from swapless.store.read import BLOCK_BYTES, FileReader, aligned_buffer
 
 CAPACITIES = (12, 20, 32)
 """Experts a MoE layer, of 64 and with 8 needed at once."""
 WITHIN = 0.20
 PROBE_S = 0.15
 CONTEXT = 256
-_COPIES = 4
+PACE_S = 0.08
+_PLACES = 16
 
 
 class Disk:
-    """The checkpoint's shards, probed with blocks as large as the engine's own reads."""
+    """The checkpoint's shards, probed with blocks as large as the engine's own reads.
 
-    def __init__(self, folder: Path, block_bytes: int) -> None:
+    With ``copied`` a read is over when its bytes have been copied to another place, as an expert's are into its slot.
+    """
+
+    def __init__(self, folder: Path, block_bytes: int, copied: bool = False) -> None:
         files = sorted(folder.glob("*.safetensors"))
         self._reader = FileReader(files)
+        self.direct = self._reader.direct
         self._rng = np.random.default_rng(0)
         self._files = [(file, file.stat().st_size) for file in files]
         self._block_bytes = block_bytes
-        self._from, self._to = (aligned_buffer(_COPIES * block_bytes) for _ in range(2))
-        self._from[:] = 1
-        self._to[:] = 1
+        self._places = [aligned_buffer(block_bytes + BLOCK_BYTES) for _ in range(_PLACES if copied else 0)]
+        for place in self._places:
+            place[:] = 1
+        self._next = itertools.count()
+
+    def read(self, path: Path, offset: int, nbytes: int, out: np.ndarray) -> np.ndarray:
+        """As :class:`~swapless.store.read.FileReader` does, and the copy."""
+        got = self._reader.read(path, offset, nbytes, out)
+        if self._places:
+            self._places[next(self._next) % _PLACES][: len(got)] = got
+        return got
+
+    def _extent(self, rng: np.random.Generator) -> Extent:
+        file, size = self._files[int(rng.integers(len(self._files)))]
+        return Extent(file, int(rng.integers(0, size - self._block_bytes)), self._block_bytes)
 
     def read_s_per_byte(self, depth: int) -> float:
         """Seconds a byte takes at ``depth`` reads in flight, now, at random places."""
-        extents = []
-        for index in self._rng.integers(0, len(self._files), 256):
-            file, size = self._files[index]
-            extents.append(Extent(file, int(self._rng.integers(0, size - self._block_bytes)), self._block_bytes))
-        found = probe(self._reader, extents, budget_s=PROBE_S, seed=int(self._rng.integers(1 << 30)))
+        extents = [self._extent(self._rng) for _ in range(256)]
+        found = probe(self, extents, budget_s=PROBE_S, seed=int(self._rng.integers(1 << 30)))  # type: ignore[arg-type]
         return 1 / found.bytes_per_s[depth]
 
-    def copy_s_per_byte(self) -> float:
-        """Seconds a byte takes from a bounce buffer into a slot."""
-        begun = time.perf_counter()
-        for place in range(_COPIES):
-            part = slice(place * self._block_bytes, (place + 1) * self._block_bytes)
-            self._to[part] = self._from[part]
-        return (time.perf_counter() - begun) / (_COPIES * self._block_bytes)
+    @contextmanager
+    def busy(self, depth: int) -> Iterator[list[int]]:
+        """Keep ``depth`` threads reading for as long as this is open; the list receives the bytes of every read."""
+        enough, moved = threading.Event(), list[int]()
+
+        def work(rng: np.random.Generator, buffer: np.ndarray) -> None:
+            while not enough.is_set():
+                moved.append(len(self.read(*self._extent(rng), buffer)))
+
+        room = self._block_bytes + 2 * BLOCK_BYTES
+        threads = [threading.Thread(target=work, args=(rng, aligned_buffer(room))) for rng in self._rng.spawn(depth)]
+        for thread in threads:
+            thread.start()
+        try:
+            yield moved
+        finally:
+            enough.set()
+            for thread in threads:
+                thread.join()
 
     def close(self) -> None:
         """Close the files."""
         self._reader.close()
+
+
+def stolen_s() -> float:
+    """Seconds that the hypervisor gave to others while a processor of this machine had work, since boot, all processors."""
+    return int(Path("/proc/stat").read_text().split()[8]) / os.sysconf("SC_CLK_TCK")
 
 
 class ExpertsClock:
@@ -133,6 +170,19 @@ class Run:
                 seconds.append(time.perf_counter() - begun)
         return seconds
 
+    def experts_per_s(self) -> float:
+        """Experts of one token that are computed a second, now, from what the slots hold."""
+        modules = [module for module in self.model.modules() if hasattr(module, "swapless_moe_layer")]
+        hidden = self._torch.ones((1, self.model.config.hidden_size), dtype=self.model.dtype)
+        blocks = itertools.cycle(range(self.engine.budget.slots))
+        done, begun = 0, time.perf_counter()
+        with self._torch.inference_mode():
+            while (spent := time.perf_counter() - begun) < PACE_S:
+                for module in modules:
+                    self.engine._experts(module, module.swapless_moe_layer, [next(blocks)], [hidden])
+                done += len(modules)
+        return done / spent
+
     def close(self) -> None:
         """Give everything back."""
         self.engine.close()
@@ -149,13 +199,15 @@ def compute_times(folder: Path, asked: argparse.Namespace, tokens: dict[str, lis
     run.decode(tokens["warm_up"])
     run.engine.reset_stats()
     clock = ExpertsClock(run.model)
+    stolen = stolen_s()
     token_s = run.decode(tokens["decode"])
+    stolen = stolen_s() - stolen
     clock.remove()
     reads = run.engine.stats().decode_reads
     run.close()
     if reads:
         raise SystemExit(f"{reads} experts were read although all are resident")
-    return {"token_s": statistics.fmean(token_s), "experts_s": clock.seconds / len(token_s)}
+    return {"token_s": statistics.fmean(token_s), "experts_s": clock.seconds / len(token_s), "stolen_s": stolen / len(token_s)}
 
 
 def at_capacity(
@@ -165,16 +217,31 @@ def at_capacity(
     run = Run(folder, asked.threads, CONTEXT, resident=capacity / asked.experts, policy=asked.policy)
     engine = run.engine
     depth = engine.probe.depth
-    disk = Disk(folder, engine.probe.block_bytes)
+    disk = Disk(folder, engine.probe.block_bytes, copied=True)
     run.prefill(tokens["prompt"])
     run.decode(tokens["warm_up"])
     engine.reset_stats()
     token_s: list[float] = []
-    reads, copies = [disk.read_s_per_byte(depth)], [disk.copy_s_per_byte()]
-    for first in range(0, len(tokens["decode"]), asked.piece):
-        token_s += run.decode(tokens["decode"][first : first + asked.piece])
+    reads: list[float] = []
+    alone: list[float] = []
+    beside: list[float] = []
+    moved_beside: list[float] = []
+    stolen = 0.0
+
+    def pause() -> None:
         reads.append(disk.read_s_per_byte(depth))
-        copies.append(disk.copy_s_per_byte())
+        alone.append(run.experts_per_s())
+        begun = time.perf_counter()
+        with disk.busy(depth) as moved:
+            beside.append(run.experts_per_s())
+        moved_beside.append(sum(moved) / (time.perf_counter() - begun))
+
+    pause()
+    for first in range(0, len(tokens["decode"]), asked.piece):
+        before_s = stolen_s()
+        token_s += run.decode(tokens["decode"][first : first + asked.piece])
+        stolen += stolen_s() - before_s
+        pause()
     disk.close()
     stats, trace, budget = engine.stats(), engine.trace(), engine.budget
     policy = engine._cache.policy
@@ -187,7 +254,7 @@ def at_capacity(
         attention_s=(compute["token_s"] - compute["experts_s"]) / layers,
         shared_s=0.0,
         expert_s=compute["experts_s"] / layers / top_k,
-        landing_s=statistics.fmean(copies) * expert_bytes,
+        pace_beside_reads=min(1.0, sum(beside) / sum(alone)),
     )
     before = len(tokens["prompt"]) + len(tokens["warm_up"])
     counted = replay(trace, policy, capacity, warmup_tokens=before)
@@ -202,13 +269,18 @@ def at_capacity(
         "hit_rate": stats.hit_rate,
         "bytes_read_per_token": stats.decode_bytes_read / stats.decode_tokens,
         "depth": depth,
+        "read_bytes_per_s": bandwidth,
         "probed_bytes_per_s": [1 / one for one in reads],
-        "copied_bytes_per_s": 1 / statistics.fmean(copies),
+        "experts_per_s_alone": alone,
+        "experts_per_s_beside_reads": beside,
+        "read_bytes_per_s_beside_compute": moved_beside,
+        "pace_beside_reads": block.pace_beside_reads,
         "run_bytes_per_stall_s": stats.decode_bytes_read / stats.decode_stall_s if stats.decode_stall_s else None,
         "predicted_tokens_per_s": foreseen.tokens_per_s,
         "predicted_stall_s_per_token": foreseen.row()["stall_s_per_token"],
         "tokens_per_s": len(token_s) / sum(token_s),
         "stall_s_per_token": stats.decode_stall_s / stats.decode_tokens,
+        "stolen_s_per_token": stolen / len(token_s),
     }
 
 
@@ -283,8 +355,10 @@ def main() -> None:
         for row in runs:
             print(
                 f"round {number + 1}: {row['capacity_experts']:3d} experts, hit {row['hit_rate']:.3f}, predicted "
-                f"{row['predicted_tokens_per_s']:.2f}, measured {row['tokens_per_s']:.2f} tok/s; resident token "
-                f"{1e3 * compute['token_s']:.1f} ms",
+                f"{row['predicted_tokens_per_s']:.2f}, measured {row['tokens_per_s']:.2f} tok/s; ms a token: resident "
+                f"{1e3 * compute['token_s']:.0f}, stall {1e3 * row['stall_s_per_token']:.0f}, stolen "
+                f"{1e3 * row['stolen_s_per_token']:.0f}; pace {row['pace_beside_reads']:.2f}, depth {row['depth']}, "
+                f"{1e-6 * row['read_bytes_per_s']:.0f} MB/s",
                 file=sys.stderr,
                 flush=True,
             )

@@ -59,6 +59,17 @@ def test_landing_costs_compute_not_the_link(trace):
     assert found.times.stall_s[0] == pytest.approx(3 * (14.5 - 4.0))
 
 
+def test_compute_is_slower_beside_reads(trace):
+    # As above, at half the pace until 12: the shared expert takes 2 s, the first expert from 7 to 8, the second is alone.
+    block = replace(BLOCK, pace_beside_reads=0.5)
+    found = timeline(one_token(trace), "lru", 3, device(fixed_s=1.0), block=block, expert_bytes=4)
+    assert found.times.end_s[0] == pytest.approx(3 * 12.5)
+    # Shared work of 6 s: 5 of the 10 s until 12 at half the pace, the last second alone; then two experts.
+    found = timeline(one_token(trace), "lru", 3, device(fixed_s=1.0), block=replace(block, shared_s=6.0), expert_bytes=4)
+    assert found.times.end_s[0] == pytest.approx(3 * 14.0)
+    assert found.times.stall_s[0] == pytest.approx(3 * (14.0 - 9.0))
+
+
 def test_reads_and_bytes_are_those_of_the_replay(trace):
     counted = replay(trace, "lfu", 3, warmup_tokens=5, expert_bytes=10)
     found = timeline(trace, "lfu", 3, device(), block=BLOCK, warmup_tokens=5, expert_bytes=10)
@@ -90,7 +101,7 @@ def foresight(trace, *, right=0.8, seed=0, **more):
     ids=str,
 )
 def test_the_slow_twin_says_the_same(trace, figures, more):
-    block = replace(BLOCK, landing_s=0.4)
+    block = replace(BLOCK, landing_s=0.4, pace_beside_reads=0.6)
     given = None if more is None else foresight(trace, **more)
     for kind, capacity in (("layer", 3), ("shared", 9)):
         pools = pools_for(capacity, 3, 8, 2, kind)
@@ -195,6 +206,9 @@ def test_wrong_arguments_are_refused(trace):
     for wrong in ({"lead": 0}, {"width": 0}, {"staging_experts": -1}, {"token_s": -1.0}):
         with pytest.raises(UsageError, match=f"{next(iter(wrong))} .* at least"):
             foresight(trace, **wrong)
+    for pace in (0.0, 1.5):
+        with pytest.raises(UsageError):
+            BlockTime(pace_beside_reads=pace)
     for name in ("expert_s", "landing_s"):
         with pytest.raises(UsageError, match="at least 0"):
             BlockTime(**{name: -1.0})

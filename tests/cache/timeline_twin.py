@@ -59,6 +59,11 @@ class Reader:
                 self.outcomes[-int(self.levels[token, layer, expert])].append(key in wanted)
 
 
+def finish(begun, work, last, pace):
+    """Slow until the last landing, at full speed from then on."""
+    return min(begun + work / pace, max(begun, last) + work - max(0, last - begun) * pace) if last > begun else begun + work
+
+
 def slow_timeline(trace, pools, device, block, expert_bytes, foresight=None, room=0):
     """Of each token ``(compute, stall, reads, useful, late, wasted)``; LRU, state kept, a trace without steps."""
     layers, experts = trace.num_moe_layers, trace.num_experts
@@ -104,9 +109,10 @@ def slow_timeline(trace, pools, device, block, expert_bytes, foresight=None, roo
                 for key in gone:
                     del reader.staged[key]
             predicting = foresight.token_s / moments if reader and layer + lead < layers else 0.0
-            done = now + predicting + block.shared_s + at_once * block.expert_s
+            last, pace = max(landings, default=now), block.pace_beside_reads
+            done = finish(now, predicting + block.shared_s + at_once * block.expert_s, last, pace)
             for there in sorted(landings):
-                done = max(done, there) + block.landing_s + block.expert_s
+                done = finish(max(done, there), block.landing_s + block.expert_s, last, pace)
             if reader and layer + 1 < layers:
                 if layer + lead < layers:
                     reader.foresee(token, layer + lead, cache.slots[pools.pool_of_layer[layer + lead]])

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from swapless.cache.compiled import compiled
+from swapless.cache.compiled import compiled, compiled_apart
 from swapless.cache.policy import arrange, on_document, on_scores
 from swapless.cache.serve import demand_order, serve
 
@@ -51,14 +51,21 @@ def new_buffers(num_experts: int, largest_call_ids: int) -> Buffers:
 @compiled
 def gather(ids: Any, moe_layer: Any, rows: Any, first: Any, end: Any, num_experts: Any, buffers: Any) -> Any:
     """Distinct experts that one forward call asks of one MoE layer, into the buffers; returns how many."""
+    if end - first > 1:
+        return _gather_rows(ids, moe_layer, rows, first, end, num_experts, buffers)
+    n = np.uint64(0)
+    asked = ids[np.uint64(rows[np.uint64(first)]), np.uint64(moe_layer)]  # one token: its list as it is
+    for k in range(asked.size):
+        expert = asked[np.uint64(k)]
+        if expert >= 0:
+            buffers.experts[n] = expert
+            n += np.uint64(1)
+    return np.int64(n)
+
+
+@compiled_apart
+def _gather_rows(ids: Any, moe_layer: Any, rows: Any, first: Any, end: Any, num_experts: Any, buffers: Any) -> Any:
     n = 0
-    if end - first == 1:  # one token: its list as it is
-        for k in range(ids.shape[2]):
-            expert = ids[rows[first], moe_layer, k]
-            if expert >= 0:
-                buffers.experts[n] = expert
-                n += 1
-        return n
     for i in range(first, end):
         for k in range(ids.shape[2]):
             buffers.ids[n] = ids[rows[i], moe_layer, k]
@@ -98,18 +105,13 @@ def replay_calls(
                     on_scores(state, residency, moe_layer, scores[i - starts[first_call], moe_layer])
             n = gather(ids, moe_layer, rows, starts[c], starts[c + 1], num_experts, b)
             hits = evictions = streamed = 0
-            for first in range(n if single else min(n, 1)):
-                end = first + 1 if single else n
-                experts = b.experts[first:end]
-                arrange(state, residency, moe_layer * num_experts, experts)
-                # A token is one demand set of its layer, also where its requests come one at a time.
-                residency.demand_sets[moe_layer] -= first > 0
-                _, hit, evicted, dropped = serve(
-                    state, residency, moe_layer, num_experts, experts, np.int64(phase[c]), b.hit, b.slot, b.wave
+            if n > 0:
+                experts = b.experts[:n]
+                if not single:
+                    arrange(state, residency, moe_layer * num_experts, experts)
+                _, hits, evictions, streamed = serve(
+                    state, residency, moe_layer, num_experts, experts, np.int64(phase[c]), single, b.hit, b.slot, b.wave
                 )
-                hits += hit
-                evictions += evicted
-                streamed += dropped
             tally.requests[c, moe_layer] = n
             tally.hits[c, moe_layer] = hits
             tally.evictions[c, moe_layer] = evictions

@@ -14,7 +14,8 @@ from swapless.cache.serve import serve
 
 class Costs(NamedTuple):
     """Seconds: ``transfer_s`` one expert over the link, ``fixed_s`` a read's other time, ``attention_s`` and ``shared_s`` a
-    block, ``expert_s`` one expert, ``landing_s`` what one that is waited for costs besides; ``depth`` reads in flight."""
+    block, ``expert_s`` one expert, ``landing_s`` what one that is waited for costs besides; ``depth`` reads in flight;
+    ``pace`` of compute while demand reads are under way, 1 if they do not disturb it."""
 
     transfer_s: float
     fixed_s: float
@@ -23,6 +24,7 @@ class Costs(NamedTuple):
     shared_s: float
     expert_s: float
     landing_s: float
+    pace: float
 
 
 class Ahead(NamedTuple):
@@ -134,6 +136,15 @@ def _read_ahead(now: float, demand: float, link: float, moe_layer: int, num_expe
 
 
 @compiled
+def _computed(begun: float, work_s: float, reading_until: float, pace: float) -> float:
+    """When work of ``work_s`` seconds that begins at ``begun`` is done, if reads slow it until ``reading_until``."""
+    beside = max(reading_until - begun, 0.0)
+    if work_s <= beside * pace:
+        return begun + work_s / pace
+    return begun + beside + (work_s - beside * pace)
+
+
+@compiled
 def timeline_calls(
     state: Any,
     residency: Any,
@@ -185,7 +196,7 @@ def timeline_calls(
             experts = b.experts[:n]
             if foresee:
                 _learn(ahead.levels[row], num_experts, moe_layer, experts, residency.slot_of_key, ahead)
-            serve(state, residency, moe_layer, num_experts, experts, np.int64(phase[c]), b.hit, b.slot, b.wave)
+            serve(state, residency, moe_layer, num_experts, experts, np.int64(phase[c]), False, b.hit, b.slot, b.wave)
             base = moe_layer * num_experts
             misses = 0
             hits = 0
@@ -226,7 +237,10 @@ def timeline_calls(
                     times.ahead[c] += 1
             target = moe_layer + ahead.lead[0]  # a prediction for it may use the routing of this MoE layer
             predicting = ahead.pass_s[0] if foresee and target < layers else 0.0
-            busy = now + predicting + costs.shared_s + hits * costs.expert_s
+            reading = now
+            for i in range(misses):
+                reading = max(reading, landed[i])
+            busy = _computed(now, predicting + costs.shared_s + hits * costs.expert_s, reading, costs.pace)
             for i in range(misses):
                 soonest = i
                 for j in range(i + 1, misses):
@@ -235,7 +249,7 @@ def timeline_calls(
                 there = landed[soonest]
                 landed[soonest] = landed[i]
                 landed[i] = there
-                busy = max(busy, there) + costs.landing_s + costs.expert_s
+                busy = _computed(max(busy, there), costs.landing_s + costs.expert_s, reading, costs.pace)
             if foresee and moe_layer + 1 < layers:
                 if target < layers:
                     _want(ahead.levels[row], num_experts, target, residency.slot_of_key, ahead)

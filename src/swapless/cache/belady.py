@@ -24,11 +24,14 @@ _NEVER = np.iinfo(np.int32).max
 
 class BeladyState(NamedTuple):
     """``uses`` int32: times of use, key by key; ``cursor`` int64 (L*E,): place of the key's next use in it; ``last`` int64
-    (L*E,): where the key's uses end."""
+    (L*E,): where the key's uses end; ``upcoming`` int32 (L*E,): the next use itself. ``found`` int64 (1,): the slot that
+    admission found."""
 
     uses: np.ndarray
     cursor: np.ndarray
     last: np.ndarray
+    upcoming: np.ndarray
+    found: np.ndarray
 
 
 class BeladyBypassState(NamedTuple):
@@ -37,76 +40,95 @@ class BeladyBypassState(NamedTuple):
     uses: np.ndarray
     cursor: np.ndarray
     last: np.ndarray
+    upcoming: np.ndarray
+    found: np.ndarray
 
 
 @compiled
-def _next_use(state: Any, key: Any) -> Any:
-    place = state.cursor[key]
-    return state.uses[place] if place < state.last[key] else np.int32(_NEVER)
+def _move(state: Any, key: Any, by: int) -> None:
+    """Let the key's next use be one later or earlier."""
+    place = state.cursor[key] + by
+    state.cursor[key] = place
+    state.upcoming[key] = state.uses[np.uint64(place)] if place < state.last[key] else np.int32(_NEVER)
 
 
 def _on_access(state, residency, pool, key, hit, clock, phase):  # type: ignore[no-untyped-def]
-    state.cursor[key] += 1
+    _move(state, np.uint64(key), 1)
 
 
 @compiled
 def _sooner(state: Any, one: Any, other: Any) -> Any:
     """Whether ``one`` is needed before ``other``; where both are needed at once, the uses after that decide."""
-    mine, its = state.cursor[one], state.cursor[other]
+    if state.upcoming[one] != state.upcoming[other]:
+        return state.upcoming[one] < state.upcoming[other]
+    mine, its = state.cursor[one] + 1, state.cursor[other] + 1
     while mine < state.last[one] and its < state.last[other]:
-        if state.uses[mine] != state.uses[its]:
-            return state.uses[mine] < state.uses[its]
+        if state.uses[np.uint64(mine)] != state.uses[np.uint64(its)]:
+            return state.uses[np.uint64(mine)] < state.uses[np.uint64(its)]
         mine += 1
         its += 1
     return mine < state.last[one]
 
 
-def _victim(state, residency, pool, clock):  # type: ignore[no-untyped-def]
-    best = np.int32(-1)
+@compiled
+def _farthest(state: Any, residency: Any, pool: Any, clock: Any) -> Any:
+    """The first slot whose next use is farthest away, and how many more share that use."""
+    best = np.int64(-1)
     farthest = np.int32(-1)
+    others = 0
     for slot in range(residency.pool_start[pool], residency.pool_start[pool + 1]):
-        if may_go(residency, slot, clock):
-            use = _next_use(state, residency.key_of_slot[slot])
-            if use > farthest:
-                farthest = use
-                best = np.int32(slot)
-    return best
+        use = state.upcoming[np.uint64(residency.key_of_slot[np.uint64(slot)])]
+        free = may_go(residency, slot, clock)
+        better = free & (use > farthest)
+        others = 0 if better else others + (free & (use == farthest))
+        farthest = use if better else farthest
+        best = np.int64(slot) if better else best
+    return best, others
+
+
+def _victim(state, residency, pool, clock):  # type: ignore[no-untyped-def]
+    return _farthest(state, residency, pool, clock)[0]
 
 
 @compiled
 def _last_needed(state: Any, residency: Any, pool: Any, clock: Any) -> Any:
-    best = np.int32(-1)
-    for slot in range(residency.pool_start[pool], residency.pool_start[pool + 1]):
-        if may_go(residency, slot, clock) and (
-            best < 0 or _sooner(state, residency.key_of_slot[best], residency.key_of_slot[slot])
-        ):
-            best = np.int32(slot)
+    best, others = _farthest(state, residency, pool, clock)
+    if others > 0:
+        farthest = state.upcoming[np.uint64(residency.key_of_slot[np.uint64(best)])]
+        if farthest != _NEVER:
+            for slot in range(best + 1, np.int64(residency.pool_start[pool + np.uint64(1)])):
+                key = np.uint64(residency.key_of_slot[np.uint64(slot)])
+                held = np.uint64(residency.key_of_slot[np.uint64(best)])
+                if state.upcoming[key] == farthest and may_go(residency, slot, clock) and _sooner(state, held, key):
+                    best = np.int64(slot)
     return best
 
 
 def _last_needed_victim(state, residency, pool, clock):  # type: ignore[no-untyped-def]
-    return _last_needed(state, residency, pool, clock)
+    # What was admitted has just looked for it.
+    return state.found[0]
 
 
 def _admit(state, residency, pool, key, clock, phase):  # type: ignore[no-untyped-def]
     slot = _last_needed(state, residency, pool, clock)
+    state.found[0] = slot
     # The key's own cursor has moved on: on_access comes before admission.
-    return slot >= 0 and _sooner(state, key, residency.key_of_slot[slot])
+    return slot >= 0 and _sooner(state, np.uint64(key), np.uint64(residency.key_of_slot[np.uint64(slot)]))
 
 
 def _arrange(state, residency, base, experts):  # type: ignore[no-untyped-def]
     # Needed again soonest first, so that admission in this order keeps the best of all that missed.
     for i in range(len(experts)):
-        state.cursor[base + experts[i]] += 1
+        _move(state, np.uint64(base + experts[i]), 1)
     for i in range(1, len(experts)):
         expert = experts[i]
         j = i
-        while j > 0 and _sooner(state, base + expert, base + experts[j - 1]):
+        while j > 0 and _sooner(state, np.uint64(base + expert), np.uint64(base + experts[j - 1])):
             experts[j] = experts[j - 1]
             j -= 1
         experts[j] = expert
     for i in range(len(experts)):
-        state.cursor[base + experts[i]] -= 1
+        _move(state, np.uint64(base + experts[i]), -1)
 
 
 rules(BeladyState, on_access=_on_access, victim=_victim)
@@ -179,4 +201,8 @@ def future_state(
     np.cumsum(ends, out=ends)
     uses = np.empty(int(ends[-1]), np.int32)
     _fill_uses(ids, rows, starts, num_experts, single, np.full(keys, -1, np.int64), ends[:-1].copy(), uses)
-    return state_type(uses, ends[:-1].copy(), ends[1:].copy())
+    first, last = ends[:-1].copy(), ends[1:].copy()
+    upcoming = np.full(keys, _NEVER, np.int32)
+    used = first < last
+    upcoming[used] = uses[first[used]]
+    return state_type(uses, first, last, upcoming, np.zeros(1, np.int64))

@@ -9,6 +9,8 @@ import numpy as np
 from swapless.cache.policy import rules
 from swapless.cache.residency import may_go
 
+_AHEAD = 1 << 61  # more than any clock
+
 
 class LeastStaleState(NamedTuple):
     """``last`` int64 (L*E,): the clock of the key's last use."""
@@ -21,18 +23,16 @@ def _on_access(state, residency, pool, key, hit, clock, phase):  # type: ignore[
 
 
 def _victim(state, residency, pool, clock):  # type: ignore[no-untyped-def]
-    best = np.int32(-1)
-    best_ahead = True
-    oldest = np.int64(0)
+    best = np.int64(-1)
+    # Uses are put on one scale on which all layers still to come lie behind those gone past.
+    oldest = np.int64(2 * _AHEAD)
     for slot in range(residency.pool_start[pool], residency.pool_start[pool + 1]):
-        if may_go(residency, slot, clock):
-            key = residency.key_of_slot[slot]
-            ahead = residency.layer_of_key[key] > residency.asking[0]
-            last = state.last[key]
-            if best < 0 or (best_ahead and not ahead) or (best_ahead == ahead and last < oldest):
-                best = np.int32(slot)
-                best_ahead = ahead
-                oldest = last
+        key = np.uint64(residency.key_of_slot[np.uint64(slot)])
+        ahead = np.int64(residency.layer_of_key[key] > residency.asking[0])
+        last = state.last[key] + ahead * _AHEAD
+        better = may_go(residency, slot, clock) & (last < oldest)
+        oldest = last if better else oldest
+        best = np.int64(slot) if better else best
     return best
 
 

@@ -23,16 +23,17 @@ def _on_access(state, residency, pool, key, hit, clock, phase):  # type: ignore[
 
 
 def _victim(state, residency, pool, clock):  # type: ignore[no-untyped-def]
-    best = np.int32(-1)
+    best = np.int64(-1)
     fewest, longest = np.inf, 1.0
     for slot in range(residency.pool_start[pool], residency.pool_start[pool + 1]):
-        if may_go(residency, slot, clock):
-            key = residency.key_of_slot[slot]
-            age = np.float64(residency.demand_sets[residency.layer_of_key[key]] - state.last[key] + 1)
-            # uses / age < fewest / longest without dividing: exact, since both are whole numbers.
-            if state.uses[key] * longest < fewest * age:
-                fewest, longest = state.uses[key], age
-                best = np.int32(slot)
+        key = np.uint64(residency.key_of_slot[np.uint64(slot)])
+        now = residency.demand_sets[np.uint64(residency.layer_of_key[key])]
+        uses, age = state.uses[key], np.float64(now - state.last[key] + 1)
+        # uses / age < fewest / longest without dividing: exact, since both are whole numbers.
+        better = may_go(residency, slot, clock) & (uses * longest < fewest * age)
+        fewest = uses if better else fewest
+        longest = age if better else longest
+        best = np.int64(slot) if better else best
     return best
 
 

@@ -42,14 +42,13 @@ def _on_access(state, residency, pool, key, hit, clock, phase):  # type: ignore[
 
 
 def _victim(state, residency, pool, clock):  # type: ignore[no-untyped-def]
-    best = np.int32(-1)
+    best = np.int64(-1)
     lowest = np.inf
     for slot in range(residency.pool_start[pool], residency.pool_start[pool + 1]):
-        if may_go(residency, slot, clock):
-            count = state.uses[residency.key_of_slot[slot]]
-            if count < lowest:
-                lowest = count
-                best = np.int32(slot)
+        count = state.uses[np.uint64(residency.key_of_slot[np.uint64(slot)])]
+        better = may_go(residency, slot, clock) & (count < lowest)
+        lowest = count if better else lowest
+        best = np.int64(slot) if better else best
     return best
 
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, final
+from typing import Any, NamedTuple, final
 
 import numpy as np
 
+from swapless.cache.compiled import compiled
 from swapless.cache.policy import rules
 from swapless.cache.residency import may_go
-from swapless.cache.ring import empty_ring, push, renew, unlink
+from swapless.cache.ring import empty_ring, renew
 
 
 class LruState(NamedTuple):
-    """One ring a pool, with head ``L*E + pool``."""
+    """One ring of slots a pool, with head ``L*E + pool``; a slot joins at its first use and stays, for what is evicted makes
+    room at once for what comes: one move to the front serves hit and miss alike."""
 
     before: np.ndarray
     after: np.ndarray
@@ -20,29 +22,31 @@ class LruState(NamedTuple):
 
 def _on_access(state, residency, pool, key, hit, clock, phase):  # type: ignore[no-untyped-def]
     if hit:
-        renew(state.before, state.after, residency.slot_of_key.size + pool, key)
+        _renewed(state, residency, pool, key)
 
 
 def _on_insert(state, residency, pool, key, clock, phase):  # type: ignore[no-untyped-def]
-    push(state.before, state.after, residency.slot_of_key.size + pool, key)
+    _renewed(state, residency, pool, key)
 
 
-def _on_evict(state, residency, pool, key, clock):  # type: ignore[no-untyped-def]
-    unlink(state.before, state.after, key)
+@compiled
+def _renewed(state: Any, residency: Any, pool: Any, key: Any) -> None:
+    head = np.uint64(residency.slot_of_key.size) + np.uint64(pool)
+    renew(state.before, state.after, head, np.uint64(residency.slot_of_key[key]))
 
 
 def _victim(state, residency, pool, clock):  # type: ignore[no-untyped-def]
-    head = residency.slot_of_key.size + pool
-    key = state.before[head]
-    while key != head:
-        slot = residency.slot_of_key[key]
+    head = np.uint64(residency.slot_of_key.size) + np.uint64(pool)
+    slot = np.uint64(state.before[head])
+    # No slot is free now, so each in the ring holds an expert.
+    while slot != head:
         if may_go(residency, slot, clock):
-            return slot
-        key = state.before[key]
-    return np.int32(-1)
+            return np.int64(slot)
+        slot = np.uint64(state.before[slot])
+    return np.int64(-1)
 
 
-rules(LruState, on_access=_on_access, on_insert=_on_insert, on_evict=_on_evict, victim=_victim)
+rules(LruState, on_access=_on_access, on_insert=_on_insert, victim=_victim)
 
 
 @final

@@ -20,8 +20,8 @@ class Residency(NamedTuple):
     (slots + 1,): whether decode has asked for the slot's expert; prefill never evicts such a one. The last place of both is
     for misses. ``clock`` int64 (1,).
     ``demand_sets`` int64 (L,): demand sets served a MoE layer, which in decode are its tokens. ``held`` int32 (L,): slots each
-    MoE layer holds; ``floor`` int32 (1,): a layer that holds no more than this loses nothing to another; ``asking`` int64 (1,):
-    the MoE layer being served. ``layer_of_key`` int32 (L*E,) saves a division.
+    MoE layer holds, counted only under a floor; ``floor`` int32 (1,): a layer that holds no more than this loses nothing to
+    another; ``asking`` int64 (1,): the MoE layer being served. ``layer_of_key`` int32 (L*E,) saves a division.
     """
 
     slot_of_key: np.ndarray
@@ -72,13 +72,15 @@ def empty_residency(
 
 @compiled
 def may_go(residency: Any, slot: Any, clock: Any) -> Any:
-    """Whether the expert in ``slot`` may be evicted now: not pinned, and its layer above the floor."""
-    if residency.pinned[slot] == clock:
-        return False
+    """Whether the expert in ``slot`` may be evicted now: not pinned, and its layer above the floor.
+
+    Without a branch on the pin, which is a guess: scans join the answer to their own comparison with ``&``.
+    """
+    unpinned = residency.pinned[np.uint64(slot)] != clock
     if residency.floor[0] > 0:
-        moe_layer = residency.layer_of_key[residency.key_of_slot[slot]]
-        return moe_layer == residency.asking[0] or residency.held[moe_layer] > residency.floor[0]
-    return True
+        moe_layer = residency.layer_of_key[residency.key_of_slot[np.uint64(slot)]]
+        return unpinned & ((moe_layer == residency.asking[0]) | (residency.held[moe_layer] > residency.floor[0]))
+    return unpinned
 
 
 def layer_pools(num_moe_layers: int, num_experts: int, slots: int) -> tuple[list[int], list[int]]:

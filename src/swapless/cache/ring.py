@@ -41,7 +41,7 @@ def unlink(before: Any, after: Any, key: Any) -> None:
 
 @compiled
 def renew(before: Any, after: Any, head: Any, key: Any) -> None:
-    """Make ``key``, which is in a list, the newest of the list of ``head``."""
+    """Make ``key``, in a list or in none, the newest of the list of ``head``."""
     older, newer = after[key], before[key]
     before[older] = newer
     after[newer] = older

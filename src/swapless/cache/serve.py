@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from swapless.cache.compiled import compiled
+from swapless.cache.compiled import compiled, compiled_apart
 from swapless.cache.policy import Policy, admit, on_access, on_demand, on_document, on_evict, on_insert, on_scores, victim
 from swapless.cache.residency import Residency, empty_residency
 from swapless.notation import Phase
@@ -22,7 +22,7 @@ _PREFILL = int(Phase.PREFILL)
 STREAMED = -1
 
 
-@compiled
+@compiled_apart
 def demand_order(ids: Any, num_experts: int, distinct: Any, tokens: Any, count: Any) -> int:
     """Distinct experts of ``ids`` (one axis), most used first, then as first named.
 
@@ -52,6 +52,14 @@ def demand_order(ids: Any, num_experts: int, distinct: Any, tokens: Any, count: 
     return n
 
 
+@compiled_apart
+def _spare_decode(residency: Any, pool: Any, clock: int) -> None:
+    # Bounds are read here: known outside, checks for this loop would be made ready at every decode as well.
+    for slot in range(residency.pool_start[pool], residency.pool_start[pool + np.uint64(1)]):
+        if residency.used_in_decode[slot]:
+            residency.pinned[slot] = clock
+
+
 @compiled
 def serve(
     state: Any,
@@ -60,75 +68,94 @@ def serve(
     num_experts: int,
     experts: Any,
     phase: int,
+    single: bool,
     hit: Any,
     slot: Any,
     wave: Any,
 ) -> tuple[int, int, int, int]:
     """Serve the distinct ``experts`` of one demand set: all are judged first, then touched in the order given.
 
-    Writes for each whether it ``hit`` (uint8), its ``slot`` (int32, -1 = streamed) and its ``wave`` (int32); returns the
-    numbers of waves, hits, evictions and streamed misses. State and residency change.
+    With ``single`` each expert is a demand set of its own, judged when those before it have been served. Writes for each
+    whether it ``hit`` (uint8), its ``slot`` (int32, -1 = streamed) and its ``wave`` (int32); returns the numbers of waves,
+    hits, evictions and streamed misses. State and residency change.
     """
-    pool = residency.pool_of_layer[moe_layer]
-    first, end = residency.pool_start[pool], residency.pool_start[pool + 1]
-    residency.clock[0] += 1
-    residency.demand_sets[moe_layer] += 1
-    residency.asking[0] = moe_layer
-    clock = residency.clock[0]
+    pool = np.uint64(residency.pool_of_layer[np.uint64(moe_layer)])
+    first, end = np.int64(residency.pool_start[pool]), np.int64(residency.pool_start[pool + np.uint64(1)])
+    nowhere = residency.key_of_slot.size
     base = moe_layer * num_experts
+    floor = residency.floor[0] > 0
+    prefill = phase == _PREFILL
+    decode = np.uint8(not prefill)
     n = len(experts)
-    hits = evictions = streamed = 0
-    decode = np.uint8(phase != _PREFILL)
-    on_demand(state, residency, moe_layer, experts, phase)
-    for i in range(n):
-        s = residency.slot_of_key[base + experts[i]]
-        hit[i] = s >= 0
-        slot[i] = s
-        hits += s >= 0
-        # For a miss (-1) this writes to the place behind the last slot: no branch, so none to be mispredicted.
-        residency.pinned[s] = clock
-        residency.used_in_decode[s] |= decode
-    if phase == _PREFILL:
-        for s in range(first, end):
-            if residency.used_in_decode[s]:
-                residency.pinned[s] = clock
+    clock = residency.clock[0]
+    residency.demand_sets[np.uint64(moe_layer)] += 1
+    residency.asking[0] = moe_layer
     waves = 1
-    for i in range(n):
-        key = base + experts[i]
-        wave[i] = 0
-        # In a later wave an expert that hit may already have gone again: its slot was used in the first wave.
-        resident = hit[i] != 0 and (waves == 1 or residency.slot_of_key[key] >= 0)
-        on_access(state, residency, pool, key, resident, clock, phase)
-        if hit[i]:
-            continue
-        s = np.int32(-1)
-        if residency.free_count[pool] > 0:
-            residency.free_count[pool] -= 1
-            s = residency.free_slots[first + residency.free_count[pool]]
-        elif admit(state, residency, pool, key, clock, phase):
-            s = np.int32(victim(state, residency, pool, clock))
-            if s < 0 and phase != _PREFILL and end > first:
-                waves += 1
-                residency.clock[0] += 1
-                clock = residency.clock[0]
-                s = np.int32(victim(state, residency, pool, clock))
+    hits = evictions = streamed = 0
+    begin = 0
+    while True:
+        stop = begin + 1 if single else n
+        clock += 1
+        residency.clock[0] = clock
+        on_demand(state, residency, moe_layer, experts[begin:stop], phase)
+        for i in range(begin, stop):
+            place = np.uint64(i)
+            s = np.int64(residency.slot_of_key[np.uint64(base + experts[place])])
+            hit[place] = s >= 0
+            slot[place] = s
+            # A miss writes to the place behind the last slot: no branch, so none to be mispredicted.
+            s = s if s >= 0 else nowhere
+            residency.pinned[np.uint64(s)] = clock
+            residency.used_in_decode[np.uint64(s)] |= decode
+        if prefill:
+            _spare_decode(residency, pool, clock)
+        for i in range(begin, stop):
+            place = np.uint64(i)
+            key = np.uint64(base + experts[place])
+            wave[place] = 0
+            found = slot[place] >= 0
+            # In a later wave an expert that hit may already have gone again: its slot was used in the first wave.
+            resident = found and (waves == 1 or residency.slot_of_key[key] >= 0)
+            on_access(state, residency, pool, key, resident, clock, phase)
+            if found:
+                hits += 1
+                continue
+            s = np.int64(-1)
+            free = residency.free_count[pool]
+            if free > 0:
+                residency.free_count[pool] = free - 1
+                s = np.int64(residency.free_slots[first + free - 1])
+            elif admit(state, residency, pool, key, clock, phase):
+                s = np.int64(victim(state, residency, pool, clock))
+                if s < 0 and not prefill and end > first:
+                    waves += 1
+                    clock += 1
+                    residency.clock[0] = clock
+                    s = np.int64(victim(state, residency, pool, clock))
+                if s >= 0:
+                    old = np.uint64(residency.key_of_slot[np.uint64(s)])
+                    residency.slot_of_key[old] = -1
+                    if floor:
+                        residency.held[residency.layer_of_key[old]] -= 1
+                    evictions += 1
+                    on_evict(state, residency, pool, old, clock)
+            wave[place] = waves - 1
+            slot[place] = s
             if s >= 0:
-                old = residency.key_of_slot[s]
-                residency.slot_of_key[old] = -1
-                residency.held[residency.layer_of_key[old]] -= 1
-                evictions += 1
-                on_evict(state, residency, pool, old, clock)
-        wave[i] = waves - 1
-        slot[i] = s
-        if s >= 0:
-            residency.slot_of_key[key] = s
-            residency.key_of_slot[s] = key
-            residency.held[moe_layer] += 1
-            residency.pinned[s] = clock
-            residency.used_in_decode[s] = decode
-            on_insert(state, residency, pool, key, clock, phase)
-        else:
-            streamed += 1
+                mine = np.uint64(s)
+                residency.key_of_slot[mine] = key
+                if floor:
+                    residency.held[moe_layer] += 1
+                residency.pinned[mine] = clock
+                residency.used_in_decode[mine] = decode
+                # The last store, so that the rule finds it in a register.
+                residency.slot_of_key[key] = s
+                on_insert(state, residency, pool, key, clock, phase)
+            else:
+                streamed += 1
+        begin = stop
+        if begin >= n:
+            break
     return waves, hits, evictions, streamed
 
 
@@ -193,7 +220,7 @@ class ExpertCache:
         n = demand_order(ids.reshape(-1), self.num_experts, distinct, tokens, count)
         experts = distinct[:n]
         waves, _, _, _ = serve(
-            self._state, self.residency, moe_layer, self.num_experts, experts, int(phase), self._hit, slot, wave
+            self._state, self.residency, moe_layer, self.num_experts, experts, int(phase), False, self._hit, slot, wave
         )
         return Served(experts, tokens[:n], self._hit[:n], slot[:n], wave[:n], waves)
 
@@ -213,7 +240,7 @@ class ExpertCache:
             residency.slot_of_key[key] = -1
             residency.key_of_slot[slot] = -1
             residency.used_in_decode[slot] = 0
-            residency.held[moe_layer] -= 1
+            residency.held[moe_layer] -= int(residency.floor[0] > 0)
             residency.free_slots[residency.pool_start[pool] + residency.free_count[pool]] = slot
             residency.free_count[pool] += 1
             _evicted(self._state, residency, pool, key)

@@ -45,21 +45,27 @@ class BlockTime:
     landing_s : float
         What an expert that has to be waited for costs the computing side besides: its copy into the slot, which takes
         processor and memory from compute. Counted as stall.
+    pace_beside_reads : float
+        Speed of compute while the experts of its block are being read, over its speed alone: readers, drivers and host want
+        processor and memory too. What is lost by it counts as stall.
 
     Raises
     ------
     UsageError
-        A negative time.
+        A negative time, or a pace outside of (0, 1].
     """
 
     attention_s: float = 1.0e-3
     shared_s: float = 0.3e-3
     expert_s: float = 0.1e-3
     landing_s: float = 0.0
+    pace_beside_reads: float = 1.0
 
     def __post_init__(self) -> None:
         if min(self.attention_s, self.shared_s, self.expert_s, self.landing_s) < 0:
             raise UsageError(message("A compute time must be at least 0 seconds.", got=str(self)))
+        if not 0 < self.pace_beside_reads <= 1:
+            raise UsageError(message("pace_beside_reads must be above 0 and at most 1.", got=self.pace_beside_reads))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -179,7 +185,7 @@ def timeline(
     calls, block = len(setup.plan.phase), block or BlockTime()
     costs = Costs(
         *(size / device.bytes_per_s, device.fixed_s, device.queue_depth),
-        *(block.attention_s, block.shared_s, block.expert_s, block.landing_s),
+        *(block.attention_s, block.shared_s, block.expert_s, block.landing_s, block.pace_beside_reads),
     )
     ahead = _ahead(seen, trace, staging_room(seen, trace, device, block=block, expert_bytes=size))
     times = Times(*(np.zeros(calls, np.float64) for _ in range(3)), *(np.zeros(calls, np.int64) for _ in range(5)))
