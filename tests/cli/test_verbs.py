@@ -95,7 +95,13 @@ def test_verify_exits_with_1_on_any_difference(swapless, checkpoint, monkeypatch
 def test_demo_shows_three_residencies_of_one_text(swapless):
     done = swapless("demo")
     assert done.exit_code == 0, done.stderr
-    for words in ("25% of the experts", "50% of the experts", "100% of the experts", "The three texts are the same"):
+    for words in (
+        "25% of the experts",
+        "50% of the experts",
+        "100% of the experts",
+        "The three texts are the same",
+        "experts swapped",
+    ):
         assert words in done.stdout
 
 
@@ -107,3 +113,7 @@ def test_demo_as_json(swapless):
     assert read == sorted(read, reverse=True) and read[0] > read[-1]
     assert len({run["text"] for run in shown["runs"]}) == 1
     assert len(shown["runs"][0]["text"]) > 40
+    token, theme = shown["twins"]
+    assert (token["router"], theme["router"]) == ("switch", "theme-gate") and token["slots"] == theme["slots"] == 3
+    swapped = [twin["requests"] - twin["hits"] for twin in (token, theme)]
+    assert swapped[0] > 5 * swapped[1] and token["decode_bytes_read"] > 5 * theme["decode_bytes_read"]

@@ -28,7 +28,8 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel):
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
     assert {name.split("/")[0].split("-")[0] for name in names} == {"swapless"}
-    for needed in ("swapless/py.typed", "swapless/embedded/config.json", "swapless/embedded/model.safetensors"):
+    twins = [f"swapless/embedded/twins/{name}/model.safetensors" for name in ("switch", "theme-gate")]
+    for needed in ("swapless/py.typed", "swapless/embedded/config.json", "swapless/embedded/model.safetensors", *twins):
         assert needed in names
     assert any(name.endswith("licenses/LICENSE") for name in names)
     assert not [name for name in names if "__pycache__" in name]
