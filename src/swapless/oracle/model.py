@@ -303,6 +303,7 @@ class OracleMoeForCausalLM(OracleMoePreTrainedModel, GenerationMixin):
         """
         out = self.model(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache)
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        loss: Tensor | None
         if shift_labels is not None:
             logits = None
             loss = next_token_loss(out.last_hidden_state.flatten(0, 1), self.lm_head.weight, shift_labels.flatten())
