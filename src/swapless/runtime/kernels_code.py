@@ -69,21 +69,26 @@ class Code:
         self.tiles = tiles
 
     def integer(self, value: int) -> Value:
+        """An int64 that is known now."""
         return ir.Constant(I64, value)
 
     def pointer(self, address: Value, kind: ir.Type) -> Value:
+        """An address as a pointer."""
         return self.b.inttoptr(address, kind.as_pointer())
 
     def at(self, pointer: Value, *offsets: Value) -> Value:
+        """The pointer so many elements on."""
         for offset in offsets:
             pointer = self.b.gep(pointer, [offset])
         return pointer
 
     def load(self, pointer: Value, kind: ir.Type, align: int | None = None) -> Value:
+        """The vector at a pointer; aligned to its own size unless told."""
         place = self.b.bitcast(pointer, vector(kind).as_pointer())
         return self.b.load(place, align=LANES * _BYTES[kind] if align is None else align)
 
     def store(self, value: Value, pointer: Value) -> None:
+        """Write a vector anywhere."""
         self.b.store(value, self.b.bitcast(pointer, value.type.as_pointer()), align=1)
 
     def prefetch(self, address: Value, lines: int) -> None:
@@ -93,21 +98,26 @@ class Code:
             self.call("llvm.prefetch.p0i8", ir.VoidType(), where, I32(0), I32(3), I32(1))
 
     def scalar(self, address: Value, kind: ir.Type) -> Value:
+        """The one value at an address."""
         return self.b.load(self.pointer(address, kind), align=_BYTES[kind])
 
     def splat(self, scalar: Value) -> Value:
+        """A vector of one value that is known later."""
         nothing = ir.Constant(vector(scalar.type), ir.Undefined)
         first = self.b.insert_element(nothing, scalar, ir.Constant(I32, 0))
         return self.b.shuffle_vector(first, nothing, constant(I32, 0))
 
     def call(self, name: str, result: ir.Type, *arguments: Value) -> Value:
+        """Call one of LLVM's own functions."""
         kind = ir.FunctionType(result, [argument.type for argument in arguments])
         return self.b.call(cgutils.get_or_insert_function(self.b.module, kind, name), arguments)
 
     def multiply_add(self, x: Value, y: Value, z: Value) -> Value:
+        """``x * y + z``, by one instruction where there is one."""
         return self.call(f"llvm.fmuladd.v{LANES}f32", z.type, x, y, z)
 
     def bfloat16(self, halves: Value) -> Value:
+        """Upper halves of float32 as float32."""
         return self.b.bitcast(self.b.shl(self.b.zext(halves, vector(I32)), constant(I32, 16)), vector(F32))
 
     def rounded(self, x: Value) -> Value:
