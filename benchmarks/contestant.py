@@ -29,8 +29,8 @@ class Task:
     ``engine`` is ``plain`` (transformers with ``implementation``), ``accelerate`` (the same with experts left on disk) or
     ``swapless`` (with ``memory_bytes`` or ``resident``, and ``prefetch``). ``warm_up`` tokens are decoded before the clock
     starts. ``rehearsals`` is how often the whole sequence runs before the timed pass, for warm runs. ``aligned`` gives plain
-    transformers 64-byte-aligned copies of its weights: the reference for bit identity. ``time_limit_s`` ends the decoding
-    early.
+    transformers 64-byte-aligned copies of its weights: the reference for bit identity. ``time_limit_s`` ends warm-up and
+    decoding early, each.
     """
 
     engine: str
@@ -59,6 +59,7 @@ class Pass:
     """One run over the sequence."""
 
     prefill_s: float = 0.0
+    warm_up_tokens: int = 0
     token_s: list[float] = field(default_factory=list)
     logits: list[np.ndarray] = field(default_factory=list)
 
@@ -105,8 +106,12 @@ def _run(model: Any, task: Task, *, timed: bool) -> Pass:
         output = model(input_ids=torch.tensor([task.prompt]), use_cache=True, logits_to_keep=1)
         done.prefill_s = time.perf_counter() - started
         cache = output.past_key_values
+        clock = time.perf_counter()
         for token in task.warm_up:
             model(input_ids=torch.tensor([[token]]), past_key_values=cache, use_cache=True)
+            done.warm_up_tokens += 1
+            if task.time_limit_s is not None and time.perf_counter() - clock > task.time_limit_s:
+                break
         if timed and task.engine == "swapless":
             model.swapless.reset_stats()
         clock = time.perf_counter()
@@ -140,6 +145,7 @@ def perform(task: Task) -> dict[str, Any]:
     result = {
         "load_s": load_s,
         "prefill_s": done.prefill_s,
+        "warm_up_tokens": done.warm_up_tokens,
         "token_s": done.token_s,
         "tokens": len(done.token_s),
         "tokens_per_s": len(done.token_s) / sum(done.token_s),
