@@ -40,7 +40,7 @@ from typing import Any, NamedTuple
 from cgroup import CappedRun, die_tidily, run_capped
 from contestant import Task
 from kept import Kept
-from make_realistic import QUICK, Shape, make
+from make_realistic import QUICK, WEIGHTS, Shape, make
 from page_cache import cached_bytes, evict, warm
 from peers_table import CONSOLE, ratios, show, summarise
 from results import ROOT, document, emit, store
@@ -317,7 +317,7 @@ def main() -> int:
     if not (options.quick or options.no_store):
         CONSOLE.print(f"stored {store(result).name}")
     if not options.keep:
-        for made in (*sizes, "fused", "tokens.json", "manifest.json", RUNS):
+        for made in (*sizes, "fused", "tokens.json", "manifest.json", WEIGHTS, RUNS):
             _remove(options.out / made)
         if not any(options.out.iterdir()):
             options.out.rmdir()
