@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from results import document, emit, store
 
-from swapless.runtime.kernels import as_inputs, expanded_product, gated_product, product
+from swapless.runtime.kernels import as_inputs, gated_product
 from swapless.store.matrix import MatrixLayout
 from swapless.store.quantize import dequantize, quantize
 from swapless.store.read import aligned_buffer
@@ -56,20 +56,9 @@ class Experts:
         """Outputs of the chosen experts, all for the same tokens."""
         base = [self.slab.ctypes.data + expert * self.block_bytes for expert in chosen]
         up = [address + self.into.nbytes for address in base]
-        given = as_inputs([x] * len(chosen), self.into)
-        inner = gated_product(self.into, base, up, given, "silu", self.out)
         down = [address + 2 * self.into.nbytes for address in base]
-        return inner.split(product(self.out, down, inner))
-
-    def run_expanded(self, x: torch.Tensor, chosen: list[int]) -> list[torch.Tensor]:
-        """The same by expanding each expert and torch's product."""
-        outputs = []
-        for expert in chosen:
-            base = self.slab.ctypes.data + expert * self.block_bytes
-            gate = expanded_product(self.into, base, x)
-            up = expanded_product(self.into, base + self.into.nbytes, x)
-            outputs.append(expanded_product(self.out, base + 2 * self.into.nbytes, F.silu(gate) * up))
-        return outputs
+        given = as_inputs([x] * len(chosen) if len(x) == 1 else [x.clone() for _ in chosen], self.into)
+        return given.split(gated_product(self.into, base, up, self.out, down, given, "silu"))
 
     def check(self, x: torch.Tensor) -> float:
         """Largest difference from the dense product, relative to the largest output."""
@@ -183,8 +172,6 @@ def main() -> int:
             for tokens in options.tokens:
                 error = experts.check(torch.randn(tokens, options.hidden))
                 measure(name, experts.run, experts.count, size, tokens, error)
-                if tokens >= 16:
-                    measure(f"{name}, expanded", experts.run_expanded, experts.count, size, tokens)
         if not options.no_rivals:
             count = 128
             for name, run in torch_rivals(options.hidden, options.inner, count).items():

@@ -1,4 +1,4 @@
-"""The kernels against their slow twins: dense products in float64 over weights taken apart by plain array operations."""
+"""The kernels against their slow twins: dense products in float64 of weights and inputs rounded by plain array operations."""
 
 from __future__ import annotations
 
@@ -7,12 +7,17 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
+from numba import njit
+from numba.core.registry import cpu_target
 
-from swapless.runtime.kernels import as_inputs, expanded, expanded_product, gated_product, product
+from swapless.runtime.kernels import as_inputs, gated_product, product
+from swapless.runtime.kernels_code import BYTE_PRODUCTS, byte_product_of
 from swapless.runtime.kernels_threads import openmp, run_on_all
+from swapless.runtime.kernels_vector import ROUNDED_BLOCK_BYTES, block_product, rounding
 from swapless.store.matrix import MatrixLayout
 from swapless.store.quantize import dequantize, quantize
 from swapless.store.read import aligned_buffer
+from tests.rounded import rounded_inputs
 
 PRECISIONS = [(8, 32), (4, 32), (4, 64), (4, 128)]
 SHAPES = [(1, 1), (70, 50), (96, 300)]
@@ -39,14 +44,18 @@ def matrix(rows: int, columns: int, bits: int, group: int = 32, seed: int = 0) -
     return Matrix(layout, memory, dequantize(memory, layout))
 
 
+def host_features() -> str:
+    return cpu_target.target_context.codegen().magic_tuple()[2]
+
+
 def tokens(count: int, columns: int, seed: int = 1) -> torch.Tensor:
     return torch.randn(count, columns, generator=torch.Generator().manual_seed(seed))
 
 
 def assert_product(got: torch.Tensor, x: torch.Tensor, weights: np.ndarray) -> None:
-    dense = torch.from_numpy(weights).double()
-    expected = x.double() @ dense.T
-    scale = x.double().abs() @ dense.abs().T
+    dense, inputs = torch.from_numpy(weights).double(), rounded_inputs(x)
+    expected = inputs @ dense.T
+    scale = inputs.abs() @ dense.abs().T
     assert got.shape == expected.shape
     assert ((got - expected).abs() <= BOUND * scale + 1e-30).all()
 
@@ -71,22 +80,78 @@ def test_several_experts_at_once(bits: int, group: int) -> None:
 
 
 @pytest.mark.parametrize("bits,group", PRECISIONS)
-@pytest.mark.parametrize("rows,columns", SHAPES)
-def test_expanded_weights_are_the_weights(rows: int, columns: int, bits: int, group: int) -> None:
-    m = matrix(rows, columns, bits, group)
-    got = expanded(m.layout, m.address, 0, m.layout.row_blocks)
-    assert np.array_equal(got.numpy().T[:rows, :columns], m.weights)
-    assert not got.numpy().T[rows:].any() and not got.numpy().T[:, columns:].any()
+def test_rounding_inputs_costs_what_it_may(bits: int, group: int) -> None:
+    m = matrix(96, 300, bits, group)
+    x = tokens(4, 300)
+    dense = torch.from_numpy(m.weights)
+    peaks = torch.nn.functional.pad(x, (0, 20)).view(4, -1, 32).abs().amax(-1).repeat_interleave(32, dim=1)[:, :300]
+    bound = (peaks / 254) @ dense.abs().T  # half a step of each input
+    got = product(m.layout, [m.address], as_inputs([x], m.layout))
+    assert ((got - x @ dense.T).abs() <= bound * 1.001).all()
+    spread = ((peaks / 127).square() @ dense.square().T / 12).sqrt()  # as errors that know nothing of each other add up
+    assert 0.8 < (got - x @ dense.T).square().mean().sqrt() / spread.square().mean().sqrt() < 1.2
 
 
-@pytest.mark.parametrize("bits,group", PRECISIONS)
-def test_many_tokens_give_what_few_give(bits: int, group: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    m = matrix(100, 300, bits, group)
-    x = tokens(40, 300)
-    monkeypatch.setattr("swapless.runtime.kernels.EXPAND_BYTES", 2 * 32 * 300 * 4)  # several pieces, the last one short
-    got = expanded_product(m.layout, m.address, x)
-    assert_product(got, x, m.weights)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_no_number_stays_none(value: float) -> None:
+    m = matrix(70, 300, 8)
+    x = tokens(2, 300)
+    x[1, 200] = value
+    got = product(m.layout, [m.address], as_inputs([x], m.layout))
+    assert got[0].isfinite().all() and not got[1].isfinite().any()
+
+
+@pytest.mark.parametrize("value", [0.0, 1e-38, 1e-44])
+def test_inputs_next_to_nothing(value: float) -> None:
+    m = matrix(70, 64, 4)
+    x = torch.full((1, 64), value)
+    x[0, 32:] = 1.0
     assert_product(product(m.layout, [m.address], as_inputs([x], m.layout)), x, m.weights)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_extremes_do_not_overflow(bits: int) -> None:
+    layout = MatrixLayout(rows=32, columns=64, bits=bits, group=32)
+    memory = aligned_buffer(layout.nbytes)[: layout.nbytes]
+    values, scales, zeros = layout.planes(memory)
+    values.view(np.uint8)[:] = 0x80 if bits == 8 else 0xFF
+    scales[:] = 1.0 if bits == 8 else 0x3F80
+    zeros[:] = 0
+    x = torch.ones(5, 64)
+    got = product(layout, [memory.ctypes.data], as_inputs([x], layout))
+    assert (got - 64 * (-128 if bits == 8 else 15)).abs().max() < 1e-2
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("count", [1, 4])
+def test_all_ways_of_multiplying_bytes_give_the_same_bits(bits: int, count: int) -> None:
+    m = matrix(32, 96, bits)
+    given = as_inputs([tokens(count, 96)], m.layout)
+    expected = product(m.layout, [m.address], given)
+    rounded = torch.empty(count, 3 * ROUNDED_BLOCK_BYTES, dtype=torch.uint8)
+    ways = [way for way in BYTE_PRODUCTS if way == "generic" or f"+{way}" in host_features().split(",")]
+    for way in ways:
+        kernel, rounds = block_product(bits, count, way), rounding()
+
+        @njit
+        def run(product_arguments, rounding_arguments):  # type: ignore[no-untyped-def]
+            for i in range(len(rounding_arguments)):
+                rounds((rounding_arguments[i, 0], rounding_arguments[i, 1], rounding_arguments[i, 2]))
+            kernel(product_arguments)
+
+        out = torch.full((count, 32), torch.nan)
+        scales, zeros = m.address + m.layout.scales_offset, m.address + m.layout.zeros_offset
+        row = rounded.stride(0)
+        starts = [(given.rows.data_ptr() + 4 * 96 * i, rounded.data_ptr() + row * i, 3) for i in range(count)]
+        run((m.address, scales, zeros, rounded.data_ptr(), row, 3, 0, out.data_ptr(), 32), np.array(starts))
+        assert torch.equal(out, expected), way
+
+
+def test_the_best_way_of_multiplying_bytes_is_taken() -> None:
+    assert byte_product_of("+avx2,-avx512vnni,+avxvnni") == "avxvnni"
+    assert byte_product_of("+avx512vnni,+avx2") == "avx512vnni"
+    assert byte_product_of("+avx2,+fma") == "avx2"
+    assert byte_product_of("+neon,-avx2") == byte_product_of("") == "generic"
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -114,28 +179,25 @@ def test_threads_change_no_bit(bits: int) -> None:
 
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
 @pytest.mark.parametrize("bits,group", PRECISIONS)
-def test_gated_product_and_the_second_matrix(bits: int, group: int, activation: str) -> None:
+@pytest.mark.parametrize("shared", [False, True])
+def test_gated_product(bits: int, group: int, activation: str, shared: bool) -> None:
     gates, ups = [matrix(100, 80, bits, group, s) for s in (1, 2)], [matrix(100, 80, bits, group, s) for s in (3, 4)]
     downs = [matrix(60, 100, bits, group, s) for s in (5, 6)]
-    given = [tokens(5, 80, 7), tokens(1, 80, 8)]
-    inner = gated_product(
-        gates[0].layout,
-        [m.address for m in gates],
-        [m.address for m in ups],
-        as_inputs(given, gates[0].layout),
-        activation,
-        downs[0].layout,
-    )
+    given = [tokens(5, 80, 7)] * 2 if shared else [tokens(5, 80, 7), tokens(1, 80, 8)]
+    inputs = as_inputs(given, gates[0].layout)
+    assert inputs.shared == shared
+    addresses = [[m.address for m in part] for part in (gates, ups, downs)]
+    y = gated_product(gates[0].layout, *addresses[:2], downs[0].layout, addresses[2], inputs, activation)
     act = torch.nn.SiLU() if activation == "silu" else torch.nn.GELU(approximate="tanh")
-    assert not inner.rows[:, 100:].any()
-    assert torch.allclose(inner.sums, inner.rows.view(6, -1, 32).sum(-1), rtol=1e-4, atol=1e-4)
-    for i, (x, h) in enumerate(zip(given, inner.split(inner.rows), strict=True)):
-        gate, up = (torch.from_numpy(m[i].weights).double() for m in (gates, ups))
-        expected = act(x.double() @ gate.T) * (x.double() @ up.T)
-        assert torch.allclose(h[:, :100].double(), expected, rtol=1e-4, atol=1e-3)
-    out = inner.split(product(downs[0].layout, [m.address for m in downs], inner))
-    for m, h, y in zip(downs, inner.split(inner.rows), out, strict=True):
-        assert_product(y, h[:, :100], m.weights)
+    for i, (x, got) in enumerate(zip(given, inputs.split(y), strict=True)):
+        gate, up, down = (torch.from_numpy(m[i].weights).double() for m in (gates, ups, downs))
+        x_rounded = rounded_inputs(x)
+        inner = (act(x_rounded @ gate.T) * (x_rounded @ up.T)).float()
+        inner_rounded = rounded_inputs(inner)
+        error = (got - inner_rounded @ down.T).abs()
+        assert (error <= 2e-5 * (inner_rounded.abs() @ down.abs().T)).double().mean() > 0.9
+        step = inner.abs().amax(dim=1, keepdim=True) / 127  # a value on the edge between two steps may fall on either side
+        assert (error <= 1.1 * step * down.abs().max()).all()
 
 
 def test_plain_threads_where_no_openmp_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

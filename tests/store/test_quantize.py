@@ -105,8 +105,8 @@ def test_bytes_of_a_small_matrix_in_4_bits() -> None:
     weights[17, :2] = -7.0, 8.0  # step 1, zero 7
     how = layout(18, 32, 4)
     values, scales, zeros = how.planes(quantized(weights, how))
-    assert values[0, :, 0].tolist() == [0x76543210, 0xFEDCBA98] * 2
-    assert values[0, :, 17].tolist() == [0x777777F0, 0x77777777, 0x77777777, 0x77777777]
+    assert values[0, :, 0].tolist() == [[0x40, 0x51, 0x62, 0x73], [0xC8, 0xD9, 0xEA, 0xFB]] * 2
+    assert values[0, :, 17].tolist() == [[0x70, 0x7F, 0x77, 0x77]] + [[0x77] * 4] * 3
     assert not values[0, :, 1].any() and scales[0, 0, 0] == scales[0, 0, 17] == 0x3F80
     assert zeros[0, 0, 1] == 0x70 and not zeros[0, 0, 0]
     assert np.count_nonzero(scales) == 2
@@ -118,8 +118,8 @@ def test_bytes_of_a_small_matrix_in_8_bits() -> None:
     weights[1] = -127, 2.4, 63.6
     how = layout(2, 3, 8)
     values, scales, zeros = how.planes(quantized(weights, how))
-    assert values[0, :3, 1].tolist() == [-127, 2, 64] and scales[0, 1] == 1.0
-    assert values.shape == (1, 32, ROW_BLOCK) and np.count_nonzero(values) == 3 and not zeros.size
+    assert values[0, 0, 1].tolist() == [-127, 2, 64, 0] and scales[0, 1] == 1.0
+    assert values.shape == (1, 8, ROW_BLOCK, 4) and np.count_nonzero(values) == 3 and not zeros.size
 
 
 @pytest.mark.parametrize("bits", [8, 4])

@@ -1,174 +1,153 @@
-"""Quantised experts computed: all experts of a call in two passes over their weights, with no interpreter in between.
+"""Quantised matrices computed: all experts of a call in one, with no interpreter between gate, up, activation and down.
 
-The first pass makes gate and up of every expert, a block of 32 rows at a time, and applies the activation while the block is
-in the cache; the second makes down. A task is one block of one expert; threads claim tasks from a counter. Where the gate is
-not the common one (a bias, clamping, no gate at all), the caller does that part and asks for plain products instead.
+A call is a row of tasks in three stages, which threads claim in order from a counter: round a token's inputs to bytes; make a
+block of 32 rows of gate and up of an expert, apply the activation and round the result; make a block of 32 rows of down. Before
+a task of a later stage a thread waits for what it needs, which threads that claimed earlier are at work on. Where the gate
+is not the common one (a bias, clamping, no gate at all), the caller does that part and asks for plain products instead.
 
-Inputs stay float32, so the only error is that of the rounded weights. A token's result depends on nothing but its
-own input: neither on the other tokens and experts of the call nor on the number of threads.
+Inputs are rounded to 8 bits in blocks of 32 columns, weights as they are stored; products of the two are summed exactly within a
+block and in float32 beyond. A token's result depends on nothing but its own input: neither on the other tokens and
+experts of the call, nor on the number of threads, nor on which of its instructions the processor has for products of bytes.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numba import cfunc, njit, types
 
+from swapless.runtime.kernels_code import address_of, claim, pause, read_int, read_shared, stack_of
 from swapless.runtime.kernels_threads import run_on_all
-from swapless.runtime.kernels_vector import (
-    address_of,
-    claim,
-    expansion_4,
-    expansion_8,
-    product_4,
-    product_8,
-    read_float,
-    read_int,
-    write_float,
-)
+from swapless.runtime.kernels_vector import GELU_TANH, ROUNDED_BLOCK_BYTES, SILU, block_product, gating, rounding
 from swapless.store.matrix import COLUMN_BLOCK, ROW_BLOCK, MatrixLayout
 
-_NONE, _SILU, _GELU_TANH = range(3)
-ACTIVATIONS = {"silu": _SILU, "gelu_tanh": _GELU_TANH}
-"""What the first pass can apply as ``activation(gate) * up``."""
+ACTIVATIONS = {"silu": SILU, "gelu_tanh": GELU_TANH}
+"""What a call can apply as ``activation(gate) * up``."""
 
 _AT_ONCE = 4
 """Tokens that share one walk over the weights: as many as the sums of fit in registers."""
 
-EXPAND_BYTES = 4 << 20
-"""Rows are expanded in pieces of about this size: they stay in the cache until they are multiplied."""
-
-_product_8_one, _product_8_many = product_8(1), product_8(_AT_ONCE)
-_product_4_one, _product_4_many = product_4(1), product_4(_AT_ONCE)
-_expand_8, _expand_4 = expansion_8(), expansion_4()
+_product_8_one, _product_8_many = block_product(8, 1), block_product(8, _AT_ONCE)
+_product_4_one, _product_4_many = block_product(4, 1), block_product(4, _AT_ONCE)
+_round, _gate = rounding(), gating()
+_scratch = stack_of(2 * _AT_ONCE * ROW_BLOCK)
 
 _inlined: Any = njit(cache=True, nogil=True, error_model="numpy", boundscheck=False)
 _cfunc: Any = cfunc
 _on_threads: Any = _cfunc(types.void(types.voidptr), cache=True, nopython=True, error_model="numpy", boundscheck=False)
 
-# A call is a row of int64: its own fields, then those of each expert. Bytes from field to field: 8.
-_NEXT, _TASKS, _BLOCKS, _BITS, _COLUMN_BLOCKS, _GROUP_SHIFT, _SCALES, _ZEROS = (8 * i for i in range(8))
-_INPUT_STRIDE, _SUMS_STRIDE, _OUTPUT_STRIDE, _OUTPUT_SUMS_STRIDE, _ACTIVATION = (8 * i for i in range(8, 13))
-_CALL_FIELDS = 13
-_MATRIX, _OTHER, _TOKENS, _INPUT, _SUMS, _OUTPUT, _OTHER_OUTPUT, _OUTPUT_SUMS = (8 * i for i in range(8))
-_EXPERT_FIELDS = 8
+# A call is a row of int64, by byte: counters that threads write in lines of the cache of their own, what is the same for all
+# experts (among it two descriptions of matrices), and a line for each expert.
+_LINE = 64
+_NEXT, _ROUNDED_COUNT, _FIELDS = 0, _LINE, 2 * _LINE
+_TOKENS_IN_ALL, _INTO_TASKS, _OUT_TASKS, _FLOATS, _ROUNDED, _ACTIVATION, _OUTPUT_STRIDE = (_FIELDS + 8 * i for i in range(7))
+_INTO, _OUT = 3 * _LINE, 4 * _LINE
+_EXPERTS = 5 * _LINE
+_BITS, _COLUMN_BLOCKS, _GROUP_SHIFT, _SCALES, _ZEROS, _BLOCKS = (8 * i for i in range(6))
+_GATE, _UP, _DOWN, _TOKENS, _INPUT, _INNER, _OUTPUT, _INNER_COUNT = (8 * i for i in range(8))
 
 
 @_inlined
-def _block_product(call, matrix, block, tokens, inputs, sums, output):  # type: ignore[no-untyped-def]
-    """One block of rows of one matrix, times all tokens of the expert."""
-    bits, columns, shift = read_int(call + _BITS), read_int(call + _COLUMN_BLOCKS), read_int(call + _GROUP_SHIFT)
-    stride, sums_stride, out_stride = (
-        read_int(call + _INPUT_STRIDE),
-        read_int(call + _SUMS_STRIDE),
-        read_int(call + _OUTPUT_STRIDE),
-    )
+def _block_product(how, matrix, block, tokens, rows, output, stride):  # type: ignore[no-untyped-def]
+    """One block of rows of a matrix times one or ``_AT_ONCE`` rounded rows."""
+    bits, columns, shift = read_int(how + _BITS), read_int(how + _COLUMN_BLOCKS), read_int(how + _GROUP_SHIFT)
     groups = columns >> shift
     values = matrix + block * columns * (COLUMN_BLOCK * ROW_BLOCK // 8) * bits
-    scales = matrix + read_int(call + _SCALES) + block * ROW_BLOCK * (4 if bits == 8 else groups * 2)
-    zeros = matrix + read_int(call + _ZEROS) + block * groups * (ROW_BLOCK // 2)
+    scales = matrix + read_int(how + _SCALES) + block * ROW_BLOCK * (4 if bits == 8 else groups * 2)
+    zeros = matrix + read_int(how + _ZEROS) + block * groups * (ROW_BLOCK // 2)
+    given = (values, scales, zeros, rows, columns * ROUNDED_BLOCK_BYTES, columns, shift, output, stride)
+    if bits == 8:
+        if tokens == 1:
+            _product_8_one(given)
+        else:
+            _product_8_many(given)
+    elif tokens == 1:
+        _product_4_one(given)
+    else:
+        _product_4_many(given)
+
+
+@_inlined
+def _gate_and_up(call, expert, block):  # type: ignore[no-untyped-def]
+    """A block of gate and up for all tokens of an expert, into the inputs of its down."""
+    how, activation, tokens = call + _INTO, read_int(call + _ACTIVATION), read_int(expert + _TOKENS)
+    row_bytes = read_int(how + _COLUMN_BLOCKS) * ROUNDED_BLOCK_BYTES
+    inner_blocks = read_int(call + _OUT + _COLUMN_BLOCKS)
+    rows, inner = read_int(expert + _INPUT), read_int(expert + _INNER)
+    gate = _scratch()
+    up = gate + 4 * _AT_ONCE * ROW_BLOCK
     token = 0
     while token < tokens:
-        at = inputs + 4 * token * stride
-        out = output + 4 * (token * out_stride + block * ROW_BLOCK)
-        many = token + _AT_ONCE <= tokens
-        if bits == 8:
-            if many:
-                _product_8_many((values, scales, at, stride, columns, out, out_stride))
-            else:
-                _product_8_one((values, scales, at, stride, columns, out, out_stride))
-        else:
-            at_sums = sums + 4 * token * sums_stride
-            if many:
-                _product_4_many((values, scales, zeros, at, at_sums, stride, sums_stride, columns, shift, out, out_stride))
-            else:
-                _product_4_one((values, scales, zeros, at, at_sums, stride, sums_stride, columns, shift, out, out_stride))
-        token += _AT_ONCE if many else 1
+        many = _AT_ONCE if token + _AT_ONCE <= tokens else 1
+        _block_product(how, read_int(expert + _GATE), block, many, rows + token * row_bytes, gate, ROW_BLOCK)
+        _block_product(how, read_int(expert + _UP), block, many, rows + token * row_bytes, up, ROW_BLOCK)
+        for i in range(many):
+            at = 4 * i * ROW_BLOCK
+            row = inner + (token + i) * inner_blocks * ROUNDED_BLOCK_BYTES
+            _gate((gate + at, up + at, activation, row, inner_blocks, block))
+        token += many
 
 
 @_inlined
-def _activate(kind, gate, up):  # type: ignore[no-untyped-def]
-    if kind == _SILU:
-        return gate / (np.float32(1) + math.exp(-gate)) * up
-    inner = np.float32(0.7978845608028654) * (gate + np.float32(0.044715) * gate * gate * gate)
-    return np.float32(0.5) * gate * (np.float32(1) + math.tanh(inner)) * up
-
-
-@_inlined
-def _gate_block(call, block, tokens, output, other, sums):  # type: ignore[no-untyped-def]
-    """Gate and up of a block become ``activation(gate) * up`` in place, and its sum is noted for the second pass."""
-    kind, stride, sums_stride = (
-        read_int(call + _ACTIVATION),
-        read_int(call + _OUTPUT_STRIDE),
-        read_int(call + _OUTPUT_SUMS_STRIDE),
-    )
-    for token in range(tokens):
-        first = 4 * (token * stride + block * ROW_BLOCK)
-        total = np.float32(0)
-        for lane in range(ROW_BLOCK):
-            at = first + 4 * lane
-            value = np.float32(_activate(kind, read_float(output + at), read_float(other + at)))
-            write_float(output + at, value)
-            total += value
-        write_float(sums + 4 * (token * sums_stride + block), total)
+def _down(call, expert, block):  # type: ignore[no-untyped-def]
+    """A block of down for all tokens of an expert."""
+    how, tokens, stride = call + _OUT, read_int(expert + _TOKENS), read_int(call + _OUTPUT_STRIDE)
+    row_bytes = read_int(how + _COLUMN_BLOCKS) * ROUNDED_BLOCK_BYTES
+    rows, output = read_int(expert + _INNER), read_int(expert + _OUTPUT) + 4 * block * ROW_BLOCK
+    token = 0
+    while token < tokens:
+        many = _AT_ONCE if token + _AT_ONCE <= tokens else 1
+        at = rows + token * row_bytes
+        _block_product(how, read_int(expert + _DOWN), block, many, at, output + 4 * token * stride, stride)
+        token += many
 
 
 @_on_threads
-def _products(data):  # type: ignore[no-untyped-def]
+def _tasks(data):  # type: ignore[no-untyped-def]
     """Claim tasks of a call until there are none left; runs on every thread."""
     call = address_of(data)
-    blocks, tasks, activation = read_int(call + _BLOCKS), read_int(call + _TASKS), read_int(call + _ACTIVATION)
-    task = claim(call + _NEXT)
-    while task < tasks:
-        block = task % blocks
-        expert = call + 8 * (_CALL_FIELDS + task // blocks * _EXPERT_FIELDS)
-        tokens, output = read_int(expert + _TOKENS), read_int(expert + _OUTPUT)
-        inputs, sums = read_int(expert + _INPUT), read_int(expert + _SUMS)
-        _block_product(call, read_int(expert + _MATRIX), block, tokens, inputs, sums, output)
-        if activation != _NONE:
-            other = read_int(expert + _OTHER_OUTPUT)
-            _block_product(call, read_int(expert + _OTHER), block, tokens, inputs, sums, other)
-            _gate_block(call, block, tokens, output, other, read_int(expert + _OUTPUT_SUMS))
+    into_blocks, out_blocks = read_int(call + _INTO + _BLOCKS), read_int(call + _OUT + _BLOCKS)
+    tokens, into_tasks, out_tasks = read_int(call + _TOKENS_IN_ALL), read_int(call + _INTO_TASKS), read_int(call + _OUT_TASKS)
+    first = _INTO if into_tasks else _OUT
+    blocks = read_int(call + first + _COLUMN_BLOCKS)
+    floats, rounded = read_int(call + _FLOATS), read_int(call + _ROUNDED)
+    while True:
         task = claim(call + _NEXT)
-
-
-@_on_threads
-def _expansions(data):  # type: ignore[no-untyped-def]
-    """Claim row blocks of one matrix to expand until there are none left; runs on every thread."""
-    call = address_of(data)
-    only = call + 8 * _CALL_FIELDS
-    bits, columns, shift = read_int(call + _BITS), read_int(call + _COLUMN_BLOCKS), read_int(call + _GROUP_SHIFT)
-    matrix, stride = read_int(only + _MATRIX), read_int(call + _OUTPUT_STRIDE)
-    groups = columns >> shift
-    tasks = read_int(call + _TASKS)
-    task = claim(call + _NEXT)
-    while task < tasks:
-        block = task + read_int(call + _BLOCKS)
-        values = matrix + block * columns * (COLUMN_BLOCK * ROW_BLOCK // 8) * bits
-        scales = matrix + read_int(call + _SCALES) + block * ROW_BLOCK * (4 if bits == 8 else groups * 2)
-        out = read_int(only + _OUTPUT) + 4 * task * ROW_BLOCK
-        if bits == 8:
-            _expand_8((values, scales, columns, out, stride))
-        else:
-            zeros = matrix + read_int(call + _ZEROS) + block * groups * (ROW_BLOCK // 2)
-            _expand_4((values, scales, zeros, columns, shift, out, stride))
-        task = claim(call + _NEXT)
+        if task < tokens:
+            _round((floats + task * blocks * COLUMN_BLOCK * 4, rounded + task * blocks * ROUNDED_BLOCK_BYTES, blocks))
+            claim(call + _ROUNDED_COUNT)
+            continue
+        task -= tokens
+        while read_shared(call + _ROUNDED_COUNT) < tokens:
+            pause()
+        if task < into_tasks:
+            expert = call + _EXPERTS + task // into_blocks * _LINE
+            _gate_and_up(call, expert, task % into_blocks)
+            claim(expert + _INNER_COUNT)
+            continue
+        task -= into_tasks
+        if task >= out_tasks:
+            return
+        expert = call + _EXPERTS + task // out_blocks * _LINE
+        if into_tasks:
+            while read_shared(expert + _INNER_COUNT) < into_blocks:
+                pause()
+        _down(call, expert, task % out_blocks)
 
 
 class Inputs(NamedTuple):
-    """Inputs of the experts of a call, one expert's tokens after the other's.
+    """Inputs of the experts of a call: ``rows`` float32 (tokens, padded columns), padding zero, and which are whose.
 
-    ``rows`` float32 (tokens, padded columns), padding zero; ``sums`` float32 (tokens, column blocks), the sum of each block,
-    which only 4 bits need; ``counts`` tokens of each expert.
+    ``counts`` tokens of each expert; ``shared`` says that all experts have the same tokens, which ``rows`` holds once.
     """
 
     rows: torch.Tensor
-    sums: torch.Tensor
     counts: list[int]
+    shared: bool
 
     def split(self, outputs: torch.Tensor) -> list[torch.Tensor]:
         """Rows of ``outputs`` by expert."""
@@ -177,11 +156,12 @@ class Inputs(NamedTuple):
 
 def as_inputs(tokens: Sequence[torch.Tensor], layout: MatrixLayout) -> Inputs:
     """Gathered tokens of several experts, each (N, columns) of any floating type, as the kernels want them."""
-    counts = [len(part) for part in tokens]
-    together = torch.cat(list(tokens)) if len(tokens) > 1 else tokens[0]
-    rows = torch.nn.functional.pad(together.float(), (0, layout.padded_columns - layout.columns)).contiguous()
-    sums = rows.view(len(rows), -1, COLUMN_BLOCK).sum(-1) if layout.bits == 4 else rows[:, :0]
-    return Inputs(rows, sums, counts)
+    shared = all(part is tokens[0] for part in tokens)
+    together = tokens[0] if shared else torch.cat(list(tokens))
+    rows = together.float()
+    if layout.padded_columns > layout.columns:
+        rows = torch.nn.functional.pad(rows, (0, layout.padded_columns - layout.columns))
+    return Inputs(rows.contiguous(), [len(part) for part in tokens], shared)
 
 
 def product(layout: MatrixLayout, matrices: Sequence[int], given: Inputs) -> torch.Tensor:
@@ -189,97 +169,82 @@ def product(layout: MatrixLayout, matrices: Sequence[int], given: Inputs) -> tor
 
     ``matrices`` are addresses of memory in ``layout``, at multiples of 64, one an expert.
     """
-    out = torch.empty(len(given.rows), layout.padded_rows)
-    call = _call(layout, len(matrices), given)
-    experts = _experts(call, matrices, given)
-    experts[:, _OUTPUT // 8] = out.data_ptr() + 4 * out.stride(0) * _first(given)
-    call[_OUTPUT_STRIDE // 8] = out.stride(0)
-    run_on_all(_products.address, call.ctypes.data)
-    return out[:, : layout.rows]
+    call = _call(layout, None, 0, len(matrices))
+    experts = _experts(call)
+    experts[:, _DOWN // 8] = matrices
+    return _run(call, given, layout, layout, _INNER)
 
 
 def gated_product(
-    layout: MatrixLayout,
+    into: MatrixLayout,
     gates: Sequence[int],
     ups: Sequence[int],
+    out: MatrixLayout,
+    downs: Sequence[int],
     given: Inputs,
     activation: str,
-    following: MatrixLayout,
-) -> Inputs:
-    """``activation(gate @ x) * (up @ x)`` of each expert's tokens, as inputs of a matrix in the layout ``following``."""
-    tokens = len(given.rows)
-    rows = torch.zeros(tokens, following.padded_columns)
-    sums = torch.zeros(tokens, following.padded_columns // COLUMN_BLOCK)
-    other = torch.empty_like(rows)
-    call = _call(layout, len(gates), given)
-    experts = _experts(call, gates, given)
-    first = _first(given)
-    experts[:, _OTHER // 8] = ups
-    experts[:, _OUTPUT // 8] = rows.data_ptr() + 4 * rows.stride(0) * first
-    experts[:, _OTHER_OUTPUT // 8] = other.data_ptr() + 4 * rows.stride(0) * first
-    experts[:, _OUTPUT_SUMS // 8] = sums.data_ptr() + 4 * sums.stride(0) * first
-    call[_OUTPUT_STRIDE // 8], call[_OUTPUT_SUMS_STRIDE // 8] = rows.stride(0), sums.stride(0)
-    call[_ACTIVATION // 8] = ACTIVATIONS[activation]
-    run_on_all(_products.address, call.ctypes.data)
-    return Inputs(rows, sums, given.counts)
+) -> torch.Tensor:
+    """``down @ (activation(gate @ x) * (up @ x))`` of each expert's tokens: float32 (tokens, rows of ``out``).
 
-
-def expanded_product(layout: MatrixLayout, matrix: int, x_NC: torch.Tensor) -> torch.Tensor:
-    """Many tokens, float32 (N, columns), times one matrix: float32 (N, rows), by torch's product on expanded rows.
-
-    The same weights as :func:`product` and float32 sums, in another order.
+    ``gates`` and ``ups`` are addresses of memory in the layout ``into``, ``downs`` in ``out``, all at multiples of 64.
     """
-    padded = torch.nn.functional.pad(x_NC, (0, layout.padded_columns - layout.columns))
-    out = torch.empty(len(x_NC), layout.padded_rows)
-    at_once = max(1, EXPAND_BYTES // (4 * ROW_BLOCK * layout.padded_columns))
-    for first in range(0, layout.row_blocks, at_once):
-        blocks = min(at_once, layout.row_blocks - first)
-        rows = slice(first * ROW_BLOCK, (first + blocks) * ROW_BLOCK)
-        torch.mm(padded, expanded(layout, matrix, first, blocks), out=out[:, rows])
-    return out[:, : layout.rows]
+    call = _call(out, into, ACTIVATIONS[activation], len(gates))
+    experts = _experts(call)
+    experts[:, _GATE // 8], experts[:, _UP // 8], experts[:, _DOWN // 8] = gates, ups, downs
+    row_bytes = _row_bytes(out)
+    inner = torch.zeros(sum(given.counts), row_bytes, dtype=torch.uint8)  # of a padded block, nothing else is written
+    experts[:, _INNER // 8] = inner.data_ptr() + row_bytes * _first(given.counts)
+    return _run(call, given, into, out, _INPUT)
 
 
-def expanded(layout: MatrixLayout, matrix: int, first_block: int, blocks: int) -> torch.Tensor:
-    """Weights of some row blocks of a matrix: float32 (padded columns, 32 * blocks), that is, transposed."""
-    out = torch.empty(layout.padded_columns, blocks * ROW_BLOCK)
-    call = _call(layout, 1, None)
-    call[_TASKS // 8], call[_BLOCKS // 8], call[_OUTPUT_STRIDE // 8] = blocks, first_block, out.stride(0)
-    experts = call[_CALL_FIELDS:]
-    experts[_MATRIX // 8], experts[_OUTPUT // 8] = matrix, out.data_ptr()
-    run_on_all(_expansions.address, call.ctypes.data)
-    return out
+def _run(call: np.ndarray, given: Inputs, first: MatrixLayout, last: MatrixLayout, field: int) -> torch.Tensor:
+    """Do a call whose experts find their rounded inputs by ``field``, and return its outputs."""
+    row_bytes, tokens, counts = _row_bytes(first), len(given.rows), given.counts
+    rounded = torch.empty(tokens, row_bytes, dtype=torch.uint8)
+    output = torch.empty(sum(counts), last.padded_rows)
+    starts = _first(counts)
+    experts = _experts(call)
+    experts[:, _TOKENS // 8] = counts
+    experts[:, field // 8] = rounded.data_ptr() + (0 if given.shared else row_bytes * starts)
+    experts[:, _OUTPUT // 8] = output.data_ptr() + 4 * last.padded_rows * starts
+    call[_TOKENS_IN_ALL // 8] = tokens
+    call[_FLOATS // 8], call[_ROUNDED // 8] = given.rows.data_ptr(), rounded.data_ptr()
+    run_on_all(_tasks.address, call.ctypes.data)
+    return output[:, : last.rows]
 
 
-def _call(layout: MatrixLayout, experts: int, given: Inputs | None) -> np.ndarray:
-    call = np.zeros(_CALL_FIELDS + experts * _EXPERT_FIELDS, np.int64)
-    column_blocks = layout.padded_columns // COLUMN_BLOCK
-    shift = (layout.group // COLUMN_BLOCK).bit_length() - 1
-    fields = {
-        _TASKS: experts * layout.row_blocks,
-        _BLOCKS: layout.row_blocks,
-        _BITS: layout.bits,
-        _COLUMN_BLOCKS: column_blocks,
-        _GROUP_SHIFT: shift,
-        _SCALES: layout.scales_offset,
-        _ZEROS: layout.zeros_offset,
-    }
-    if given is not None:
-        fields |= {_INPUT_STRIDE: given.rows.stride(0), _SUMS_STRIDE: given.sums.stride(0)}
-    for field, value in fields.items():
-        call[field // 8] = value
-    return call
+def _row_bytes(layout: MatrixLayout) -> int:
+    return layout.padded_columns // COLUMN_BLOCK * ROUNDED_BLOCK_BYTES
 
 
-def _experts(call: np.ndarray, matrices: Sequence[int], given: Inputs) -> np.ndarray:
-    experts = call[_CALL_FIELDS:].reshape(-1, _EXPERT_FIELDS)
-    first = _first(given)
-    experts[:, _MATRIX // 8] = matrices
-    experts[:, _TOKENS // 8] = given.counts
-    experts[:, _INPUT // 8] = given.rows.data_ptr() + 4 * given.rows.stride(0) * first
-    experts[:, _SUMS // 8] = given.sums.data_ptr() + 4 * given.sums.stride(0) * first
-    return experts
-
-
-def _first(given: Inputs) -> np.ndarray:
+def _first(counts: list[int]) -> np.ndarray:
     """Row at which the tokens of each expert begin."""
-    return np.cumsum([0, *given.counts[:-1]])
+    return np.cumsum([0, *counts[:-1]])
+
+
+def _experts(call: np.ndarray) -> np.ndarray:
+    return call[_EXPERTS // 8 :].reshape(-1, _LINE // 8)
+
+
+def _call(out: MatrixLayout, into: MatrixLayout | None, activation: int, experts: int) -> np.ndarray:
+    return _template(out, into, activation, experts).copy()
+
+
+@lru_cache(maxsize=256)
+def _template(out: MatrixLayout, into: MatrixLayout | None, activation: int, experts: int) -> np.ndarray:
+    """A call with all that does not depend on its addresses and tokens."""
+    call = np.zeros((_EXPERTS + experts * _LINE) // 8, np.int64)
+    for at, layout in ((_INTO, into), (_OUT, out)):
+        if layout is not None:
+            call[at // 8 : at // 8 + 6] = (
+                layout.bits,
+                layout.padded_columns // COLUMN_BLOCK,
+                (layout.group // COLUMN_BLOCK).bit_length() - 1,
+                layout.scales_offset,
+                layout.zeros_offset,
+                layout.row_blocks,
+            )
+    call[_ACTIVATION // 8], call[_OUTPUT_STRIDE // 8] = activation, out.padded_rows
+    call[_INTO_TASKS // 8] = 0 if into is None else experts * into.row_blocks
+    call[_OUT_TASKS // 8] = experts * out.row_blocks
+    return call

@@ -1,323 +1,172 @@
-"""The inner loops of quantised experts, written in the compiler's vector language.
+"""The inner loops of quantised matrices: inputs rounded to bytes, products of bytes, and the activation between.
 
-A block of 32 rows is two vectors of 16 lanes, one row a lane; one input value, broadcast, serves all of them. The loops are
-given to LLVM as explicit vectors, because left to itself the compiler does not find them: it then fits them to the
-registers that the processor has (two AVX-512, four AVX2, eight NEON registers a block).
+A block of 32 rows is two vectors of 16 lanes, one row a lane; a lane's four bytes are four columns, which one input word of
+four bytes, broadcast, serves for all rows. Integers are exact, so that every processor and every number of threads and tokens
+finds the same.
 
-In 4 bits, a value is not converted but put into the mantissa of 16.0 with one shift and one three-way logic operation, which
-gives ``16 + value`` exactly; the surplus of 16 and the zero point are taken off once a group, times the sum of its inputs.
+A row of inputs, *rounded*, is int8 of its padded columns, then of each block of 32 columns a float32 scale, then of each block
+a float32 sum of its int8: the largest magnitude of a block becomes 127.
 
 Everything is an address: what a kernel is given, it trusts. :mod:`~swapless.runtime.kernels` is the only caller.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from llvmlite import ir
-from numba import types
-from numba.core import cgutils
-from numba.extending import intrinsic
-
+from swapless.runtime.kernels_code import F32, I8, I16, I32, LANES, Code, Value, code_intrinsic, constant, vector
 from swapless.store.matrix import COLUMN_BLOCK, ROW_BLOCK
 
-LANES = 16
 HALVES = ROW_BLOCK // LANES
-_CHAINS = 2
-"""Sums kept apart by column, so that an addition need not wait for the one before it."""
+ROUNDED_BLOCK_BYTES = COLUMN_BLOCK + 8
+"""Bytes of a rounded row for each block of columns."""
 
-_I8, _I16, _I32, _I64, _F32 = (ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType())
-_BYTES = {_I8: 1, _I16: 2, _I32: 4, _F32: 4}
-_BIAS = 16
-_BIAS_BITS = 0x41800000
-"""16.0, the least power of two whose last four bits of mantissa count ones: those from bit 19 on."""
+_LEAST = 1e-30
+"""A block of inputs without a larger magnitude counts as zeros: its scale would not be a normal number."""
 
-_ONES_BIT = 19
-
-Value = Any
-"""An LLVM value; llvmlite has no types of its own for the checker."""
-
-_intrinsic_of: Any = intrinsic
+SILU, GELU_TANH = 1, 2
+"""Kinds of activation."""
 
 
-def _vector(kind: ir.Type) -> ir.VectorType:
-    return ir.VectorType(kind, LANES)
+def block_product(bits: int, tokens: int, way: str | None = None) -> Any:
+    """Kernel of ``tokens`` rounded rows times a block of 32 rows of weights.
 
-
-def _constant(kind: ir.Type, value: float) -> Value:
-    return ir.Constant(_vector(kind), [value] * LANES)
-
-
-class _Code:
-    """A builder with the few vector operations that the kernels are made of."""
-
-    def __init__(self, builder: Any) -> None:
-        self.b = builder
-
-    def integer(self, value: int) -> Value:
-        return ir.Constant(_I64, value)
-
-    def pointer(self, address: Value, kind: ir.Type) -> Value:
-        return self.b.inttoptr(address, kind.as_pointer())
-
-    def at(self, pointer: Value, *offsets: Value) -> Value:
-        for offset in offsets:
-            pointer = self.b.gep(pointer, [offset])
-        return pointer
-
-    def load(self, pointer: Value, kind: ir.Type) -> Value:
-        return self.b.load(self.b.bitcast(pointer, _vector(kind).as_pointer()), align=LANES * _BYTES[kind])
-
-    def store(self, value: Value, pointer: Value) -> None:
-        self.b.store(value, self.b.bitcast(pointer, value.type.as_pointer()), align=4)
-
-    def splat(self, scalar: Value) -> Value:
-        nothing = ir.Constant(_vector(scalar.type), ir.Undefined)
-        first = self.b.insert_element(nothing, scalar, ir.Constant(_I32, 0))
-        return self.b.shuffle_vector(first, nothing, _constant(_I32, 0))
-
-    def multiply_add(self, x: Value, y: Value, z: Value) -> Value:
-        kind = ir.FunctionType(z.type, [z.type] * 3)
-        return self.b.call(cgutils.get_or_insert_function(self.b.module, kind, f"llvm.fmuladd.v{LANES}f32"), [x, y, z])
-
-    def bfloat16(self, halves: Value) -> Value:
-        return self.b.bitcast(self.b.shl(self.b.zext(halves, _vector(_I32)), _constant(_I32, 16)), _vector(_F32))
-
-    def biased_nibble(self, words: Value, place: int) -> Value:
-        """``16 + value`` of the nibble at ``place`` of every word."""
-        shift = _ONES_BIT - 4 * place
-        moved = self.b.shl(words, _constant(_I32, shift)) if shift > 0 else self.b.lshr(words, _constant(_I32, -shift))
-        masked = self.b.and_(moved, _constant(_I32, 15 << _ONES_BIT))
-        return self.b.bitcast(self.b.or_(masked, _constant(_I32, _BIAS_BITS)), _vector(_F32))
-
-    def loop(
-        self, count: Value, carried: Sequence[Value], body: Callable[[Value, list[Value]], Sequence[Value]]
-    ) -> Sequence[Value]:
-        """Run ``body(i, carried)`` for i in 0 .. count - 1 (at least once) and return what it carried out."""
-        b, before = self.b, self.b.block
-        inside, after = b.append_basic_block("inside"), b.append_basic_block("after")
-        b.branch(inside)
-        b.position_at_end(inside)
-        i = b.phi(_I64)
-        i.add_incoming(self.integer(0), before)
-        held = [b.phi(value.type) for value in carried]
-        for phi, value in zip(held, carried, strict=True):
-            phi.add_incoming(value, before)
-        results = body(i, list(held))
-        following = b.add(i, self.integer(1))
-        for phi, value in zip([i, *held], [following, *results], strict=True):
-            phi.add_incoming(value, b.block)
-        b.cbranch(b.icmp_signed("<", following, count), inside, after)
-        b.position_at_end(after)
-        return results
-
-
-def _intrinsic(arguments: int, generate: Callable[[_Code, Sequence[Value]], None]) -> Any:
-    """A function of one tuple of so many int64 that returns nothing, callable from compiled code."""
-
-    @_intrinsic_of
-    def kernel(context: Any, given: Any) -> tuple[Any, Any]:
-        def codegen(context: Any, builder: Any, signature: Any, values: Sequence[Value]) -> Value:
-            generate(_Code(builder), cgutils.unpack_tuple(builder, values[0], arguments))
-            return context.get_dummy_value()
-
-        return types.void(types.UniTuple(types.int64, arguments)), codegen
-
-    return kernel
-
-
-def product_8(tokens: int) -> Any:
-    """Kernel of ``tokens`` rows of input times a block of 32 rows in 8 bits.
-
-    Arguments: addresses of values, scales and input, floats from one input to the next, column blocks, address of the output,
-    floats from one output to the next.
+    Arguments: addresses of values, scales and zeros (none in 8 bits), address of the first rounded row, bytes from one to the
+    next, column blocks, log2 of column blocks a group, address of the output, floats from one output to the next.
     """
+    block_bytes = COLUMN_BLOCK * ROW_BLOCK * bits // 8
 
-    def generate(code: _Code, given: Sequence[Value]) -> None:
+    def generate(code: Code, given: Sequence[Value]) -> None:
         b = code.b
-        values, scales = code.pointer(given[0], _I8), code.pointer(given[1], _F32)
-        inputs = [code.at(code.pointer(given[2], _F32), b.mul(given[3], code.integer(t))) for t in range(tokens)]
-
-        def body(block: Value, sums: list[Value]) -> list[Value]:
-            for column in range(COLUMN_BLOCK):
-                place = b.add(b.mul(block, code.integer(COLUMN_BLOCK)), code.integer(column))
-                weights = []
-                for half in range(HALVES):
-                    where = code.at(values, b.mul(place, code.integer(ROW_BLOCK)), code.integer(half * LANES))
-                    weights.append(b.sitofp(b.sext(code.load(where, _I8), _vector(_I32)), _vector(_F32)))
-                for t in range(tokens):
-                    x = code.splat(b.load(code.at(inputs[t], place)))
-                    for half in range(HALVES):
-                        chain = (t * HALVES + half) * _CHAINS + column % _CHAINS
-                        sums[chain] = code.multiply_add(weights[half], x, sums[chain])
-            return sums
-
-        sums = code.loop(given[4], [_constant(_F32, 0.0)] * (tokens * HALVES * _CHAINS), body)
-        for t in range(tokens):
-            for half in range(HALVES):
-                first = (t * HALVES + half) * _CHAINS
-                scale = code.load(code.at(scales, code.integer(half * LANES)), _F32)
-                out = code.at(code.pointer(given[5], _F32), b.mul(given[6], code.integer(t)), code.integer(half * LANES))
-                code.store(b.fmul(b.fadd(sums[first], sums[first + 1]), scale), out)
-
-    return _intrinsic(7, generate)
-
-
-def product_4(tokens: int) -> Any:
-    """Kernel of ``tokens`` rows of input times a block of 32 rows in 4 bits.
-
-    Arguments: addresses of values, scales, zeros, input and the input's sums by column block, floats from one input to the
-    next, from one row of sums to the next, column blocks, log2 of column blocks a group, address of the output, floats from
-    one output to the next.
-    """
-
-    def generate(code: _Code, given: Sequence[Value]) -> None:
-        b = code.b
-        words, scales, zeros = (code.pointer(at, kind) for at, kind in zip(given[:3], (_I32, _I16, _I8), strict=True))
-        inputs = [code.at(code.pointer(given[3], _F32), b.mul(given[5], code.integer(t))) for t in range(tokens)]
-        sums = [code.at(code.pointer(given[4], _F32), b.mul(given[6], code.integer(t))) for t in range(tokens)]
+        values, scales, zeros = (code.pointer(at, kind) for at, kind in zip(given[:3], (I8, I16, I8), strict=True))
+        columns, shift = given[5], given[6]
+        rows = [b.add(given[3], b.mul(given[4], code.integer(t))) for t in range(tokens)]
+        scales_at = b.mul(columns, code.integer(COLUMN_BLOCK))
+        sums_at = b.mul(columns, code.integer(COLUMN_BLOCK + 4))
 
         def body(block: Value, totals: list[Value]) -> list[Value]:
-            products: dict[tuple[int, int, int], Value] = {}
-            for word in range(COLUMN_BLOCK // 8):
-                packed = []
-                for half in range(HALVES):
-                    first = b.mul(block, code.integer(COLUMN_BLOCK // 8 * ROW_BLOCK))
-                    packed.append(code.load(code.at(words, first, code.integer(word * ROW_BLOCK + half * LANES)), _I32))
-                for place in range(8):
-                    column = word * 8 + place
-                    nibbles = [code.biased_nibble(halves, place) for halves in packed]
+            first = b.mul(block, code.integer(block_bytes))
+            products = [constant(I32, 0)] * (tokens * HALVES)
+            for place in range(0, block_bytes, 4 * ROW_BLOCK):
+                packed = [
+                    code.load(code.at(values, first, code.integer(place + 4 * LANES * half)), I32, align=64)
+                    for half in range(HALVES)
+                ]
+                for i, weights in enumerate(_unsigned(code, packed, bits)):
+                    word = place // (4 * ROW_BLOCK) * (8 // bits) + i
                     for t in range(tokens):
-                        where = code.at(inputs[t], b.mul(block, code.integer(COLUMN_BLOCK)), code.integer(column))
-                        x = code.splat(b.load(where))
+                        at = b.add(rows[t], b.add(b.mul(block, code.integer(COLUMN_BLOCK)), code.integer(4 * word)))
+                        x = code.scalar(at, I32)
                         for half in range(HALVES):
-                            key = t, half, column % _CHAINS
-                            so_far = products.get(key)
-                            products[key] = (
-                                b.fmul(nibbles[half], x) if so_far is None else code.multiply_add(nibbles[half], x, so_far)
-                            )
-            scale, zero = _scale_and_zero(code, scales, zeros, b.lshr(block, given[8]))
+                            key = t * HALVES + half
+                            products[key] = code.add_products(products[key], weights[half], x)
+            step = zero = [constant(F32, 128.0)] * HALVES
+            if bits == 4:
+                step, zero = _scale_and_zero(code, scales, zeros, b.lshr(block, shift))
             for t in range(tokens):
-                x_sum = code.splat(b.load(code.at(sums[t], block)))
+                at = b.mul(block, code.integer(4))
+                scale = code.splat(code.scalar(b.add(b.add(rows[t], scales_at), at), F32))
+                negative = code.splat(b.fneg(code.scalar(b.add(b.add(rows[t], sums_at), at), F32)))
                 for half in range(HALVES):
-                    both = b.fadd(products[t, half, 0], products[t, half, 1])
-                    unbiased = b.fsub(both, b.fmul(zero[half], x_sum))
-                    totals[t * HALVES + half] = code.multiply_add(scale[half], unbiased, totals[t * HALVES + half])
+                    key = t * HALVES + half
+                    exact = code.multiply_add(zero[half], negative, b.sitofp(products[key], vector(F32)))
+                    if bits == 8:
+                        totals[key] = code.multiply_add(exact, scale, totals[key])
+                    else:
+                        totals[key] = code.multiply_add(b.fmul(exact, scale), step[half], totals[key])
             return totals
 
-        totals = code.loop(given[7], [_constant(_F32, 0.0)] * (tokens * HALVES), body)
+        totals = code.loop(columns, [constant(F32, 0.0)] * (tokens * HALVES), body)
         for t in range(tokens):
             for half in range(HALVES):
-                out = code.at(code.pointer(given[9], _F32), b.mul(given[10], code.integer(t)), code.integer(half * LANES))
-                code.store(totals[t * HALVES + half], out)
+                total = totals[t * HALVES + half]
+                if bits == 8:
+                    row_scales = code.at(code.pointer(given[1], F32), code.integer(half * LANES))
+                    total = b.fmul(total, code.load(row_scales, F32))
+                out = code.at(code.pointer(given[7], F32), b.mul(given[8], code.integer(t)), code.integer(half * LANES))
+                code.store(total, out)
 
-    return _intrinsic(11, generate)
+    return code_intrinsic(9, generate, way)
 
 
-def _scale_and_zero(code: _Code, scales: Value, zeros: Value, group: Value) -> tuple[list[Value], list[Value]]:
-    """Of a group: its scales, and ``16 + zero``, by half."""
+def _unsigned(code: Code, packed: list[Value], bits: int) -> list[list[Value]]:
+    """Vectors of four unsigned bytes a lane, by half, of consecutive words of columns; in 8 bits 128 too large."""
     b = code.b
-    both = b.zext(code.load(code.at(zeros, b.mul(group, code.integer(LANES))), _I8), _vector(_I32))
-    halves = [b.and_(both, _constant(_I32, 15)), b.lshr(both, _constant(_I32, 4))]
-    zero = [b.uitofp(b.add(half, _constant(_I32, _BIAS)), _vector(_F32)) for half in halves]
+    if bits == 8:
+        return [[b.xor(half, constant(I32, 0x80808080)) for half in packed]]
+    low = [b.and_(half, constant(I32, 0x0F0F0F0F)) for half in packed]
+    return [low, [b.and_(b.lshr(half, constant(I32, 4)), constant(I32, 0x0F0F0F0F)) for half in packed]]
+
+
+def _scale_and_zero(code: Code, scales: Value, zeros: Value, group: Value) -> tuple[list[Value], list[Value]]:
+    """Of a group in 4 bits: its scales and its zeros, by half."""
+    b = code.b
+    both = b.zext(code.load(code.at(zeros, b.mul(group, code.integer(LANES))), I8), vector(I32))
+    halves = [b.and_(both, constant(I32, 15)), b.lshr(both, constant(I32, 4))]
     first = b.mul(group, code.integer(ROW_BLOCK))
     places = [code.at(scales, first, code.integer(half * LANES)) for half in range(HALVES)]
-    return [code.bfloat16(code.load(place, _I16)) for place in places], zero
+    return [code.bfloat16(code.load(place, I16)) for place in places], [b.uitofp(half, vector(F32)) for half in halves]
 
 
-def expansion_8() -> Any:
-    """Kernel that writes a block of 32 rows in 8 bits as float32, a column after the other.
+def rounding() -> Any:
+    """Kernel that rounds a row of inputs.
 
-    Arguments: addresses of values and scales, column blocks, address of the output, floats from one column to the next.
+    Arguments: addresses of the float32 and of the rounded row, column blocks.
     """
 
-    def generate(code: _Code, given: Sequence[Value]) -> None:
-        b = code.b
-        values, scales, out = (code.pointer(given[i], kind) for i, kind in ((0, _I8), (1, _F32), (3, _F32)))
-        scale = [code.load(code.at(scales, code.integer(half * LANES)), _F32) for half in range(HALVES)]
-
-        def body(column: Value, nothing: list[Value]) -> list[Value]:
-            for half in range(HALVES):
-                where = code.at(values, b.mul(column, code.integer(ROW_BLOCK)), code.integer(half * LANES))
-                weights = b.sitofp(b.sext(code.load(where, _I8), _vector(_I32)), _vector(_F32))
-                place = code.at(out, b.mul(column, given[4]), code.integer(half * LANES))
-                code.store(b.fmul(weights, scale[half]), place)
-            return nothing
-
-        code.loop(b.mul(given[2], code.integer(COLUMN_BLOCK)), [], body)
-
-    return _intrinsic(5, generate)
-
-
-def expansion_4() -> Any:
-    """Kernel that writes a block of 32 rows in 4 bits as float32, a column after the other.
-
-    Arguments: addresses of values, scales and zeros, column blocks, log2 of column blocks a group, address of the output,
-    floats from one column to the next.
-    """
-
-    def generate(code: _Code, given: Sequence[Value]) -> None:
-        b = code.b
-        words, scales, zeros = (code.pointer(at, kind) for at, kind in zip(given[:3], (_I32, _I16, _I8), strict=True))
-        out = code.pointer(given[5], _F32)
-
+    def generate(code: Code, given: Sequence[Value]) -> None:
         def body(block: Value, nothing: list[Value]) -> list[Value]:
-            scale, zero = _scale_and_zero(code, scales, zeros, b.lshr(block, given[4]))
-            for word in range(COLUMN_BLOCK // 8):
-                for half in range(HALVES):
-                    first = b.mul(block, code.integer(COLUMN_BLOCK // 8 * ROW_BLOCK))
-                    packed = code.load(code.at(words, first, code.integer(word * ROW_BLOCK + half * LANES)), _I32)
-                    for place in range(8):
-                        column = b.add(b.mul(block, code.integer(COLUMN_BLOCK)), code.integer(word * 8 + place))
-                        weights = b.fmul(b.fsub(code.biased_nibble(packed, place), zero[half]), scale[half])
-                        code.store(weights, code.at(out, b.mul(column, given[6]), code.integer(half * LANES)))
+            at = code.at(code.pointer(given[0], F32), code.b.mul(block, code.integer(COLUMN_BLOCK)))
+            _round_block(code, [code.load(code.at(at, code.integer(half * LANES)), F32, 4) for half in range(2)], given[1:], block)
             return nothing
 
-        code.loop(given[3], [], body)
+        code.loop(given[2], [], body)
 
-    return _intrinsic(7, generate)
-
-
-@_intrinsic_of
-def claim(context: Any, address: Any) -> tuple[Any, Any]:
-    """Take the int64 at an address and add one to it, as one step that no other thread can come between."""
-
-    def codegen(context: Any, builder: Any, signature: Any, values: Sequence[Value]) -> Value:
-        pointer = builder.inttoptr(values[0], _I64.as_pointer())
-        return builder.atomic_rmw("add", pointer, ir.Constant(_I64, 1), "seq_cst")
-
-    return types.int64(types.int64), codegen
+    return code_intrinsic(3, generate)
 
 
-@_intrinsic_of
-def address_of(context: Any, pointer: Any) -> tuple[Any, Any]:
-    """The int64 that a C pointer is."""
-
-    def codegen(context: Any, builder: Any, signature: Any, values: Sequence[Value]) -> Value:
-        return builder.ptrtoint(values[0], _I64)
-
-    return types.int64(types.voidptr), codegen
-
-
-def _access(kind: Any, llvm: ir.Type) -> tuple[Any, Any]:
-    @_intrinsic_of
-    def read(context: Any, address: Any) -> tuple[Any, Any]:
-        def codegen(context: Any, builder: Any, signature: Any, values: Sequence[Value]) -> Value:
-            return builder.load(builder.inttoptr(values[0], llvm.as_pointer()))
-
-        return kind(types.int64), codegen
-
-    @_intrinsic_of
-    def write(context: Any, address: Any, value: Any) -> tuple[Any, Any]:
-        def codegen(context: Any, builder: Any, signature: Any, values: Sequence[Value]) -> Value:
-            builder.store(values[1], builder.inttoptr(values[0], llvm.as_pointer()))
-            return context.get_dummy_value()
-
-        return types.void(types.int64, kind), codegen
-
-    return read, write
+def _round_block(code: Code, halves: list[Value], given: Sequence[Value], block: Value) -> None:
+    """Round 32 floats to block ``block`` of the rounded row at ``given[0]`` of ``given[1]`` blocks."""
+    b = code.b
+    absolute = [b.and_(b.bitcast(half, vector(I32)), constant(I32, 0x7FFFFFFF)) for half in halves]
+    larger = code.call(f"llvm.umax.v{LANES}i32", vector(I32), *absolute)  # as integers, so that no number is the largest
+    peak = b.bitcast(code.call(f"llvm.vector.reduce.umax.v{LANES}i32", I32, larger), F32)
+    some = b.fcmp_ordered(">", peak, F32(_LEAST))
+    zero = F32(0.0)
+    inverse = code.splat(b.select(some, b.fdiv(F32(127.0), peak), zero))
+    small = b.fcmp_ordered("<=", peak, F32(_LEAST))
+    scale = b.select(small, zero, b.fdiv(peak, F32(127.0)))
+    whole = [code.rounded(b.fmul(half, inverse)) for half in halves]
+    total = code.call(f"llvm.vector.reduce.add.v{LANES}i32", I32, b.add(*whole))
+    row, blocks = given
+    for half, value in enumerate(whole):
+        place = code.at(code.pointer(row, I8), b.mul(block, code.integer(COLUMN_BLOCK)), code.integer(half * LANES))
+        code.store(b.trunc(value, vector(I8)), place)
+    for number, value in enumerate((scale, b.sitofp(total, F32))):
+        at = b.add(row, b.add(b.mul(blocks, code.integer(COLUMN_BLOCK + 4 * number)), b.mul(block, code.integer(4))))
+        b.store(value, code.pointer(at, F32), align=4)
 
 
-read_int, _ = _access(types.int64, _I64)
-read_float, write_float = _access(types.float32, _F32)
+def gating() -> Any:
+    """Kernel that makes ``activation(gate) * up`` of 32 values and rounds them to a block of inputs of the next matrix.
+
+    Arguments: addresses of gate and up (float32), kind of activation, address of the rounded row, its column blocks, the block.
+    """
+
+    def generate(code: Code, given: Sequence[Value]) -> None:
+        b = code.b
+        smooth = code.splat(b.icmp_signed("==", given[2], code.integer(GELU_TANH)))
+        halves = []
+        for half in range(HALVES):
+            gate, up = (
+                code.load(code.at(code.pointer(at, F32), code.integer(half * LANES)), F32, 4) for at in given[:2]
+            )
+            # (1 + tanh(y)) / 2 is 1 / (1 + exp(-2 y)): both activations are the gate times such a quotient.
+            cubic = code.multiply_add(b.fmul(b.fmul(gate, gate), gate), constant(F32, 0.044715), gate)
+            inner = b.select(smooth, b.fmul(cubic, constant(F32, 1.5957691216057308)), gate)
+            below = b.fadd(constant(F32, 1.0), code.exponential(b.fneg(inner)))
+            halves.append(b.fmul(b.fdiv(gate, below), up))
+        _round_block(code, halves, given[3:5], given[5])
+
+    return code_intrinsic(6, generate)

@@ -7,19 +7,19 @@ from typing import Any, cast
 
 import torch
 
-from swapless.runtime.kernels import EXPAND_BYTES, as_inputs, expanded, expanded_product, product
+from swapless.runtime.kernels import as_inputs, product
 from swapless.store.matrix import MatrixLayout
+from swapless.store.quantize import dequantize
 
-_FEW_TOKENS = 16
-_OUTPUT_BYTES = 16 << 20
-"""Many tokens are taken so many at once that their float32 outputs stay within this."""
+_VALUES_BYTES = 16 << 20
+"""Many tokens are taken so many at once that their float32 inputs and outputs stay within this."""
 
-SCRATCH_BYTES = EXPAND_BYTES + 2 * _OUTPUT_BYTES
+SCRATCH_BYTES = 2 * _VALUES_BYTES
 """What a layer holds beside its weights while it computes, about."""
 
 
 class QuantizedLinear(torch.nn.Module):
-    """``x @ weight.T + bias`` with rounded weights and float32 sums; the output has the type of the input.
+    """``x @ weight.T + bias`` with rounded weights and inputs and float32 sums; the output has the type of the input.
 
     Parameters
     ----------
@@ -46,19 +46,15 @@ class QuantizedLinear(torch.nn.Module):
     @property
     def weight(self) -> torch.Tensor:
         """The weights as float32 (outputs, inputs), made anew at each call, for code that looks at them."""
-        whole = expanded(self.layout, self._memory.data_ptr(), 0, self.layout.row_blocks)
-        return whole.T[: self.out_features, : self.in_features]
+        return torch.from_numpy(dequantize(self._memory.numpy(), self.layout))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Inputs (..., columns) to outputs (..., rows)."""
         flat = x.reshape(-1, self.in_features)
-        address = self._memory.data_ptr()
-        if len(flat) <= _FEW_TOKENS:
-            y = product(self.layout, [address], as_inputs([flat], self.layout)).to(x.dtype)
-        else:
-            at_once = max(_FEW_TOKENS, _OUTPUT_BYTES // (4 * self.layout.padded_rows))
-            parts = (expanded_product(self.layout, address, part.float()).to(x.dtype) for part in flat.split(at_once))
-            y = torch.cat(list(parts))
+        address = [self._memory.data_ptr()]
+        at_once = max(1, _VALUES_BYTES // (4 * (self.layout.padded_rows + self.layout.padded_columns)))
+        parts = [product(self.layout, address, as_inputs([part], self.layout)).to(x.dtype) for part in flat.split(at_once)]
+        y = parts[0] if len(parts) == 1 else torch.cat(parts)
         y = y.view(*x.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias
 

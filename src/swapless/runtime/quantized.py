@@ -1,40 +1,35 @@
 """Experts of a packed store in 8 or 4 bits, computed from their blocks as they lie in the slots.
 
-Few tokens go through the kernels, all experts of a call together; with many tokens an expert's rows are expanded piece by
-piece and multiplied by torch, which costs less from about 16 tokens on. Both use the same weights and float32
-sums, so they differ by rounding alone. What is peculiar to a family (biases, its own gate, a norm behind) is done between
-the kernels by the family's own code.
+All experts of a call go through the kernels together, few tokens or many. What is peculiar to a family (biases, its own gate,
+a norm behind) is done between and after the kernels by the family's own code.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 
 from swapless.runtime.door import common_gate
 from swapless.runtime.door.packed import BLOCK
-from swapless.runtime.kernels import EXPAND_BYTES, as_inputs, expanded_product, gated_product, product
+from swapless.runtime.kernels import as_inputs, gated_product, product
 from swapless.runtime.pool import SlotPool
 from swapless.store.matrix import MatrixLayout
 from swapless.store.packed import Manifest, Piece
 
-FEW_TOKENS = 16
-"""Up to so many tokens an expert, the kernels are faster than expanding it."""
-
-
-_MOST_TOKENS = 1024
-"""So many tokens are taken through an expert at once: their float32 values are held beside its expanded rows."""
+MOST_TOKENS = 512
+"""So many tokens are taken through the experts at once: their values are held beside the slots."""
 
 
 def scratch_bytes(manifest: Manifest) -> int:
     """What computing holds at once beside slots and the model's own activations, at the most."""
-    values = EXPAND_BYTES // 4
+    most = 0
     for layer in manifest.moe_layers:
-        sizes = [sum(piece.shape) for piece in layer.pieces if piece.bits < 16]
-        values = max(values, EXPAND_BYTES // 4 + 2 * _MOST_TOKENS * sum(sizes))
-    return 4 * values
+        into = [piece.shape for piece in layer.pieces if piece.bits < 16 and piece.name != "down_proj"]
+        # A token's inputs and outputs in float32 and in the model's type, and rounded; about five copies of what is between.
+        most = max(most, 14 * into[0][1] + 20 * sum(rows for rows, _ in into))
+    return MOST_TOKENS * most
 
 
 class _Matrix(NamedTuple):
@@ -78,46 +73,53 @@ class QuantizedExperts:
         """Outputs (N, D) of the experts in ``blocks`` of the pool for their gathered tokens (N, D), before the gate weights."""
         held = [self._pool.parameters(moe_layer, block)[BLOCK] for block in blocks]
         layer = self._layers[moe_layer]
-        outputs: list[torch.Tensor] = [tokens[:0] for tokens in hidden]
-        few = [place for place, tokens in enumerate(hidden) if len(tokens) <= FEW_TOKENS]
-        if few:
-            results = _together(module, layer, [held[place] for place in few], [hidden[place] for place in few])
-            for place, result in zip(few, results, strict=True):
-                outputs[place] = result
-        for place, tokens in enumerate(hidden):
-            if len(tokens) > FEW_TOKENS:
-                outputs[place] = _expanded(module, layer, held[place], tokens)
-        return outputs
+        if sum(map(len, hidden)) <= MOST_TOKENS:
+            return _together(module, layer, held, hidden)
+        parts: list[list[torch.Tensor]] = [[] for _ in hidden]
+        for places, tokens in _portions(hidden):
+            for place, result in zip(places, _together(module, layer, [held[i] for i in places], tokens), strict=True):
+                parts[place].append(result)
+        return [torch.cat(results) if len(results) > 1 else results[0] for results in parts]
 
 
-def _together(module: Any, layer: _Layer, blocks: list[torch.Tensor], hidden: list[torch.Tensor]) -> list[torch.Tensor]:
+def _portions(hidden: Sequence[torch.Tensor]) -> Iterator[tuple[list[int], list[torch.Tensor]]]:
+    """Cut the experts' tokens into calls of at most ``MOST_TOKENS``: which experts, and which of their tokens."""
+    places: list[int] = []
+    tokens: list[torch.Tensor] = []
+    room = MOST_TOKENS
+    for place, whole in enumerate(hidden):
+        for part in whole.split(MOST_TOKENS):
+            if len(part) > room:
+                yield places, tokens
+                places, tokens, room = [], [], MOST_TOKENS
+            places.append(place)
+            tokens.append(part)
+            room -= len(part)
+    yield places, tokens
+
+
+def _together(
+    module: Any, layer: _Layer, blocks: Sequence[torch.Tensor], hidden: Sequence[torch.Tensor]
+) -> list[torch.Tensor]:
+    bases = [block.data_ptr() for block in blocks]
+
     def addresses(matrix: _Matrix) -> list[int]:
-        return [block.data_ptr() + matrix.offset for block in blocks]
+        return [base + matrix.offset for base in bases]
 
     given = as_inputs(hidden, layer.into[0].layout)
     activation = common_gate(module) if len(layer.into) == 2 else None
+    out = layer.out
     if activation is not None:
         gate, up = layer.into
-        inner = gated_product(gate.layout, addresses(gate), addresses(up), given, activation, layer.out.layout)
+        y = gated_product(gate.layout, addresses(gate), addresses(up), out.layout, addresses(out), given, activation)
     else:
         h = torch.cat([product(matrix.layout, addresses(matrix), given) for matrix in layer.into], dim=1)
-        parts = [_gated(module, layer, block, part) for block, part in zip(blocks, given.split(h), strict=True)]
-        inner = as_inputs(parts, layer.out.layout)
-    y = product(layer.out.layout, addresses(layer.out), inner)
+        inner = [_gated(module, layer, block, part) for block, part in zip(blocks, given.split(h), strict=True)]
+        y = product(out.layout, addresses(out), as_inputs(inner, out.layout))
+    y = y.to(hidden[0].dtype) if not module.has_bias else y
     return [
-        _finished(module, layer, block, part, tokens.dtype)
-        for block, part, tokens in zip(blocks, inner.split(y), hidden, strict=True)
+        _finished(module, layer, block, part, hidden[0].dtype) for block, part in zip(blocks, given.split(y), strict=True)
     ]
-
-
-def _expanded(module: Any, layer: _Layer, block: torch.Tensor, hidden_ND: torch.Tensor) -> torch.Tensor:
-    if len(hidden_ND) > _MOST_TOKENS:
-        return torch.cat([_expanded(module, layer, block, part) for part in hidden_ND.split(_MOST_TOKENS)])
-    x = hidden_ND.float()
-    h = torch.cat([expanded_product(layout, block.data_ptr() + offset, x) for layout, offset in layer.into], dim=1)
-    h = _gated(module, layer, block, h)
-    y = expanded_product(layer.out.layout, block.data_ptr() + layer.out.offset, h)
-    return _finished(module, layer, block, y, hidden_ND.dtype)
 
 
 def _gated(module: Any, layer: _Layer, block: torch.Tensor, h: torch.Tensor) -> torch.Tensor:

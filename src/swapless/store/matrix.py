@@ -1,15 +1,16 @@
 """How a quantised matrix lies in memory: the order in which the kernel walks it, page after page, without a jump.
 
-Rows of the output stand side by side in blocks of 32, one row a vector lane, so that one input value serves 32 rows and
-nothing is ever summed across lanes. A matrix is one run of bytes of up to three planes, each at a multiple of 64::
+Rows of the output stand side by side in blocks of 32, one row a vector lane of four bytes, so that four input bytes serve 32 rows
+and nothing is ever summed across lanes. A matrix is one run of bytes of up to three planes, each at a multiple of 64::
 
     bits  values                                  scales                        zeros
-    8     int8   [row blocks, columns, 32]        float32  [row blocks, 32]     -
-    4     uint32 [row blocks, columns / 8, 32]    bfloat16 [row blocks, G, 32]  uint8 [row blocks, G, 16]
+    8     int8  [row blocks, columns / 4, 32, 4]  float32  [row blocks, 32]     -
+    4     uint8 [row blocks, columns / 8, 32, 4]  bfloat16 [row blocks, G, 32]  uint8 [row blocks, G, 16]
 
-In 4 bits, bits 4j to 4j+3 of a word hold column 8c + j, G counts groups of columns, and a byte of zeros holds that of row r in
-its low half and that of row r + 16 in its high half. A weight is ``scale * (value - zero)``, without zero in 8 bits. Rows and
-columns are padded with weights of zero to whole blocks and whole groups.
+The last axis of the values counts columns: in 4 bits, the low half of byte j holds column 8c + j, the high half column 8c + 4 + j.
+G counts groups of columns, and a byte of zeros holds that of row r in its low half and that of row r + 16 in its high half. A
+weight is ``scale * (value - zero)``, without zero in 8 bits. Rows and columns are padded with weights of zero to whole blocks
+and whole groups.
 """
 
 from __future__ import annotations
@@ -99,14 +100,14 @@ class MatrixLayout:
         Scales in 4 bits come as uint16, the upper half of a float32; zeros in 8 bits as an empty array.
         """
         values = memory[: self.padded_rows * self.padded_columns * self.bits // 8]
+        shape = (self.row_blocks, self.padded_columns * self.bits // 32, ROW_BLOCK, 4)
         if self.bits == 8:
             scales = memory[self.scales_offset :][: self.padded_rows * 4].view(np.float32)
-            shape = (self.row_blocks, self.padded_columns, ROW_BLOCK)
             return values.view(np.int8).reshape(shape), scales.reshape(self.row_blocks, ROW_BLOCK), memory[:0]
         scales = memory[self.scales_offset :][: self.padded_rows * self.groups * 2].view(np.uint16)
         zeros = memory[self.zeros_offset :][: self.padded_rows * self.groups // 2]
         return (
-            values.view(np.uint32).reshape(self.row_blocks, self.padded_columns // 8, ROW_BLOCK),
+            values.reshape(shape),
             scales.reshape(self.row_blocks, self.groups, ROW_BLOCK),
             zeros.reshape(self.row_blocks, self.groups, ROW_BLOCK // 2),
         )

@@ -40,7 +40,8 @@ def quantize(weights: np.ndarray, layout: MatrixLayout, out: np.ndarray, workers
     values, scales, zeros = layout.planes(out)
     out[layout.scales_offset :] = 0  # what lies between the planes is part of the bytes
     bits = weights if weights.dtype == np.uint16 else weights.view(np.uint32)
-    arguments = (bits, np.uint32(32 - 8 * bits.itemsize), layout.rows, layout.columns, values, scales)
+    words = values.view(np.uint32)[..., 0]
+    arguments = (bits, np.uint32(32 - 8 * bits.itemsize), layout.rows, layout.columns, words, scales)
     blocks = layout.row_blocks
     cuts = [(0, blocks)] if workers is None else [(blocks * i // 4, blocks * (i + 1) // 4) for i in range(4)]
 
@@ -67,15 +68,15 @@ def _widen(bits, shift, row, columns, out):  # type: ignore[no-untyped-def]
 
 
 @_compiled
-def _quantize_8(first, end, bits, shift, rows, columns, values, scales):  # type: ignore[no-untyped-def]
+def _quantize_8(first, end, bits, shift, rows, columns, out, scales):  # type: ignore[no-untyped-def]
     finite = True
     floats = np.empty(columns, np.float32)
     row_bits = floats.view(np.uint32)
     peak_of = np.zeros(1, np.float32)
     peak_bits = peak_of.view(np.uint32)
-    quantized = np.zeros((ROW_BLOCK, columns), np.int8)
+    quantized = np.zeros((ROW_BLOCK, 4 * out.shape[1]), np.int8)  # padding is a weight of zero
+    words = quantized.view(np.uint32)
     for block in range(first, end):
-        values[block] = 0
         for lane in range(ROW_BLOCK):
             row = block * ROW_BLOCK + lane
             if row >= rows:
@@ -91,14 +92,14 @@ def _quantize_8(first, end, bits, shift, rows, columns, values, scales):  # type
             for column in range(columns):
                 scaled = floats[column] * inverse + np.float32(128.5)  # positive, so that cutting off rounds
                 quantized[lane, column] = min(np.int32(scaled), np.int32(255)) - np.int32(128)
-        for column in range(columns):
+        for word in range(words.shape[1]):
             for lane in range(ROW_BLOCK):
-                values[block, column, lane] = quantized[lane, column]
+                out[block, word, lane] = words[lane, word]
     return finite
 
 
 @_compiled
-def _quantize_4(first, end, bits, shift, rows, columns, values, scales, zeros, group):  # type: ignore[no-untyped-def]
+def _quantize_4(first, end, bits, shift, rows, columns, out, scales, zeros, group):  # type: ignore[no-untyped-def]
     finite = True
     groups = scales.shape[1]
     floats = np.zeros(groups * group, np.float32)  # padding is a weight of zero
@@ -141,24 +142,28 @@ def _quantize_4(first, end, bits, shift, rows, columns, values, scales, zeros, g
                 scales[block, g, lane] = np.uint16(step_bits[0] >> np.uint32(16))
                 zeros[block, g, lane % half] |= np.uint8(np.int32(zero) << (4 * (lane // half)))
         for word in range(eights.shape[1]):
-            for lane in range(ROW_BLOCK):  # eight bytes of four bits each become one word
+            for lane in range(ROW_BLOCK):  # of eight bytes of four bits each, the last four go into the first four's upper halves
                 packed = eights[lane, word]
-                packed = (packed | packed >> np.uint64(4)) & np.uint64(0x00FF00FF00FF00FF)
-                packed = (packed | packed >> np.uint64(8)) & np.uint64(0x0000FFFF0000FFFF)
-                values[block, word, lane] = np.uint32(packed | packed >> np.uint64(16))
+                out[block, word, lane] = np.uint32(packed & np.uint64(0xFFFFFFFF)) | np.uint32(packed >> np.uint64(28))
     return finite
 
 
 def dequantize(memory: np.ndarray, layout: MatrixLayout) -> np.ndarray:
     """The weights that a quantised matrix stands for: float32 (rows, columns), by plain array operations."""
     values, scales, zeros = layout.planes(memory)
+    columns = layout.padded_columns
     if layout.bits == 8:
-        weights = values.astype(np.float32) * scales[:, None, :]
+        weights = _by_column(values, columns).astype(np.float32) * scales[:, None, :]
     else:
-        shifts = np.arange(8, dtype=np.uint32)[:, None] * np.uint32(4)
-        quantized = (values[:, :, None, :] >> shifts & np.uint32(15)).reshape(layout.row_blocks, layout.groups, -1, ROW_BLOCK)
+        halves = np.stack([values & 15, values >> 4], axis=2)  # blocks, words of eight columns, half, rows, columns
+        quantized = _by_column(halves, columns).reshape(layout.row_blocks, layout.groups, -1, ROW_BLOCK)
         zero = np.concatenate([zeros & 15, zeros >> 4], axis=-1).astype(np.float32)[:, :, None, :]
         step = (scales.astype(np.uint32) << np.uint32(16)).view(np.float32)[:, :, None, :]
         weights = step * (quantized.astype(np.float32) - zero)
     whole = weights.reshape(layout.row_blocks, layout.padded_columns, ROW_BLOCK).transpose(0, 2, 1)
     return whole.reshape(layout.padded_rows, layout.padded_columns)[: layout.rows, : layout.columns]
+
+
+def _by_column(values: np.ndarray, columns: int) -> np.ndarray:
+    """(blocks, ..., rows, 4) as (blocks, columns, rows)."""
+    return np.swapaxes(values, -1, -2).reshape(len(values), columns, ROW_BLOCK)
