@@ -31,6 +31,8 @@ _ROW_BYTES = 4 * LANES
 _SHAPES = {_SUMS: (TILE_TOKENS, _ROW_BYTES), _INPUTS: (TILE_TOKENS, COLUMN_BLOCK), _WEIGHTS: (COLUMN_BLOCK // 4, _ROW_BYTES)}
 """Rows and bytes a row of each tile."""
 
+_SUMS_BYTES = TILE_TOKENS * _ROW_BYTES
+_WEIGHTS_BYTES = COLUMN_BLOCK // 4 * _ROW_BYTES
 _SYSCALL, _REQUEST, _TILE_DATA = 158, 0x1023, 18  # arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
 
 _intrinsic_of: Any = intrinsic
@@ -102,25 +104,49 @@ def tile_product(bits: int) -> Any:
         scales_at = b.add(rows, b.mul(columns, code.integer(COLUMN_BLOCK)))
         sums_at = b.add(rows, b.mul(columns, code.integer(COLUMN_BLOCK + 4)))
         tokens = [b.mul(row_bytes, code.integer(t)) for t in range(TILE_TOKENS)]
-        sums, unpacked = stack(b, TILE_TOKENS * LANES), stack(b, COLUMN_BLOCK // 4 * LANES)
+        sums, unpacked = stack(b, 2 * _SUMS_BYTES // 4), stack(b, 4 * _WEIGHTS_BYTES // 4)
+        last = b.sub(columns, code.integer(1))
+
+        def in_turn(first: Value, block: Value, nbytes: int, turns: int) -> Value:
+            return b.add(first, b.mul(b.and_(block, code.integer(turns - 1)), code.integer(nbytes)))
+
+        def not_beyond(block: Value) -> Value:
+            return b.select(b.icmp_signed("<", block, columns), block, last)
 
         def one_half(half: Value, nothing: list[Value]) -> list[Value]:
             lanes = b.mul(half, code.integer(LANES))
 
-            def body(block: Value, totals: list[Value]) -> list[Value]:
-                weights = b.add(given[0], b.add(b.mul(block, code.integer(128 * bits)), b.mul(lanes, code.integer(4))))
-                stride = 4 * ROW_BLOCK
+            def weights_of(block: Value) -> Value:
+                return b.add(given[0], b.add(b.mul(block, code.integer(128 * bits)), b.mul(lanes, code.integer(4))))
+
+            def unpack(block: Value) -> None:
                 if bits == 4:
-                    _unpack(code, weights, unpacked)
-                    weights, stride = unpacked, _ROW_BYTES
-                _tile_multiply(code, b.add(rows, b.mul(block, code.integer(COLUMN_BLOCK))), row_bytes, weights, stride, sums, bits)
+                    _unpack(code, weights_of(block), in_turn(unpacked, block, _WEIGHTS_BYTES, 4))
+
+            def multiply(block: Value) -> None:
+                if bits == 4:
+                    weights, stride = in_turn(unpacked, block, _WEIGHTS_BYTES, 4), _ROW_BYTES
+                else:
+                    weights, stride = weights_of(block), 4 * ROW_BLOCK
+                inputs = b.add(rows, b.mul(block, code.integer(COLUMN_BLOCK)))
+                _tile_multiply(code, inputs, row_bytes, weights, stride, in_turn(sums, block, _SUMS_BYTES, 2), bits)
+
+            # What has just been written is slow to read back: bytes are unpacked two blocks ahead and sums made one ahead.
+            for ahead in range(3):
+                unpack(not_beyond(code.integer(ahead)))
+            multiply(code.integer(0))
+
+            def body(block: Value, totals: list[Value]) -> list[Value]:
+                unpack(not_beyond(b.add(block, code.integer(3))))
+                multiply(not_beyond(b.add(block, code.integer(1))))
+                own_sums = in_turn(sums, block, _SUMS_BYTES, 2)
                 step = zero = None
                 if bits == 4:
                     group = b.lshr(block, shift)
                     step, zero = _scale_and_zero(code, given[1], given[2], group, half)
                 offset = b.mul(block, code.integer(4))
                 for t in range(TILE_TOKENS):
-                    exact = b.sitofp(code.load(code.at(code.pointer(sums, I32), code.integer(t * LANES)), I32), vector(F32))
+                    exact = b.sitofp(code.load(code.at(code.pointer(own_sums, I32), code.integer(t * LANES)), I32), vector(F32))
                     scale = code.splat(code.scalar(b.add(b.add(scales_at, tokens[t]), offset), F32))
                     if bits == 4:
                         negative = b.fneg(code.splat(code.scalar(b.add(b.add(sums_at, tokens[t]), offset), F32)))
