@@ -62,7 +62,7 @@ def assert_product(got: torch.Tensor, x: torch.Tensor, weights: np.ndarray) -> N
 
 @pytest.mark.parametrize("bits,group", PRECISIONS)
 @pytest.mark.parametrize("rows,columns", SHAPES)
-@pytest.mark.parametrize("count", [1, 3, 4, 9])
+@pytest.mark.parametrize("count", [1, 3, 4, 9, 16, 21])
 def test_product(rows: int, columns: int, bits: int, group: int, count: int) -> None:
     m = matrix(rows, columns, bits, group)
     x = tokens(count, columns)

@@ -22,6 +22,7 @@ from numba import cfunc, njit, types
 
 from swapless.runtime.kernels_code import address_of, claim, pause, read_int, read_shared, stack_of
 from swapless.runtime.kernels_threads import run_on_all
+from swapless.runtime.kernels_tiles import TILE_TOKENS, configure_tiles, restore_tiles, tile_product, tiles_allowed
 from swapless.runtime.kernels_vector import GELU_TANH, ROUNDED_BLOCK_BYTES, SILU, block_product, gating, rounding
 from swapless.store.matrix import COLUMN_BLOCK, ROW_BLOCK, MatrixLayout
 
@@ -33,8 +34,9 @@ _AT_ONCE = 4
 
 _product_8_one, _product_8_many = block_product(8, 1), block_product(8, _AT_ONCE)
 _product_4_one, _product_4_many = block_product(4, 1), block_product(4, _AT_ONCE)
+_product_8_tiles, _product_4_tiles = tile_product(8), tile_product(4)
 _round, _gate = rounding(), gating()
-_scratch = stack_of(2 * _AT_ONCE * ROW_BLOCK)
+_scratch = stack_of(2 * TILE_TOKENS * ROW_BLOCK)
 
 _inlined: Any = njit(cache=True, nogil=True, error_model="numpy", boundscheck=False)
 _cfunc: Any = cfunc
@@ -44,7 +46,7 @@ _on_threads: Any = _cfunc(types.void(types.voidptr), cache=True, nopython=True, 
 # experts (among it two descriptions of matrices), and a line for each expert.
 _LINE = 64
 _NEXT, _ROUNDED_COUNT, _FIELDS = 0, _LINE, 2 * _LINE
-_TOKENS_IN_ALL, _INTO_TASKS, _OUT_TASKS, _FLOATS, _ROUNDED, _ACTIVATION, _OUTPUT_STRIDE = (_FIELDS + 8 * i for i in range(7))
+_TOKENS_IN_ALL, _INTO_TASKS, _OUT_TASKS, _FLOATS, _ROUNDED, _ACTIVATION, _OUTPUT_STRIDE, _TILES = (_FIELDS + 8 * i for i in range(8))
 _INTO, _OUT = 3 * _LINE, 4 * _LINE
 _EXPERTS = 5 * _LINE
 _BITS, _COLUMN_BLOCKS, _GROUP_SHIFT, _SCALES, _ZEROS, _BLOCKS = (8 * i for i in range(6))
@@ -53,7 +55,7 @@ _GATE, _UP, _DOWN, _TOKENS, _INPUT, _INNER, _OUTPUT, _INNER_COUNT = (8 * i for i
 
 @_inlined
 def _block_product(how, matrix, block, tokens, rows, output, stride):  # type: ignore[no-untyped-def]
-    """One block of rows of a matrix times one or ``_AT_ONCE`` rounded rows."""
+    """One block of rows of a matrix times one, ``_AT_ONCE`` or ``TILE_TOKENS`` rounded rows."""
     bits, columns, shift = read_int(how + _BITS), read_int(how + _COLUMN_BLOCKS), read_int(how + _GROUP_SHIFT)
     groups = columns >> shift
     values = matrix + block * columns * (COLUMN_BLOCK * ROW_BLOCK // 8) * bits
@@ -63,12 +65,24 @@ def _block_product(how, matrix, block, tokens, rows, output, stride):  # type: i
     if bits == 8:
         if tokens == 1:
             _product_8_one(given)
+        elif tokens == TILE_TOKENS:
+            _product_8_tiles(given)
         else:
             _product_8_many(given)
     elif tokens == 1:
         _product_4_one(given)
+    elif tokens == TILE_TOKENS:
+        _product_4_tiles(given)
     else:
         _product_4_many(given)
+
+
+@_inlined
+def _portion(call, tokens):  # type: ignore[no-untyped-def]
+    """How many of an expert's tokens go through a kernel together."""
+    if tokens >= TILE_TOKENS and read_int(call + _TILES):
+        return TILE_TOKENS
+    return _AT_ONCE if tokens >= _AT_ONCE else 1
 
 
 @_inlined
@@ -79,10 +93,11 @@ def _gate_and_up(call, expert, block):  # type: ignore[no-untyped-def]
     inner_blocks = read_int(call + _OUT + _COLUMN_BLOCKS)
     rows, inner = read_int(expert + _INPUT), read_int(expert + _INNER)
     gate = _scratch()
-    up = gate + 4 * _AT_ONCE * ROW_BLOCK
+    up = gate + 4 * TILE_TOKENS * ROW_BLOCK
+    many = _portion(call, tokens)
     token = 0
     while token < tokens:
-        many = _AT_ONCE if token + _AT_ONCE <= tokens else 1
+        token = min(token, tokens - many)  # the last portion may do some again, to the same bits
         _block_product(how, read_int(expert + _GATE), block, many, rows + token * row_bytes, gate, ROW_BLOCK)
         _block_product(how, read_int(expert + _UP), block, many, rows + token * row_bytes, up, ROW_BLOCK)
         for i in range(many):
@@ -98,18 +113,18 @@ def _down(call, expert, block):  # type: ignore[no-untyped-def]
     how, tokens, stride = call + _OUT, read_int(expert + _TOKENS), read_int(call + _OUTPUT_STRIDE)
     row_bytes = read_int(how + _COLUMN_BLOCKS) * ROUNDED_BLOCK_BYTES
     rows, output = read_int(expert + _INNER), read_int(expert + _OUTPUT) + 4 * block * ROW_BLOCK
+    many = _portion(call, tokens)
     token = 0
     while token < tokens:
-        many = _AT_ONCE if token + _AT_ONCE <= tokens else 1
+        token = min(token, tokens - many)
         at = rows + token * row_bytes
         _block_product(how, read_int(expert + _DOWN), block, many, at, output + 4 * token * stride, stride)
         token += many
 
 
-@_on_threads
-def _tasks(data):  # type: ignore[no-untyped-def]
-    """Claim tasks of a call until there are none left; runs on every thread."""
-    call = address_of(data)
+@_inlined
+def _all_tasks(call):  # type: ignore[no-untyped-def]
+    """Claim tasks of a call until there are none left."""
     into_blocks, out_blocks = read_int(call + _INTO + _BLOCKS), read_int(call + _OUT + _BLOCKS)
     tokens, into_tasks, out_tasks = read_int(call + _TOKENS_IN_ALL), read_int(call + _INTO_TASKS), read_int(call + _OUT_TASKS)
     first = _INTO if into_tasks else _OUT
@@ -137,6 +152,18 @@ def _tasks(data):  # type: ignore[no-untyped-def]
             while read_shared(expert + _INNER_COUNT) < into_blocks:
                 pause()
         _down(call, expert, task % out_blocks)
+
+
+@_on_threads
+def _tasks(data):  # type: ignore[no-untyped-def]
+    """Work on a call; runs on every thread."""
+    call = address_of(data)
+    if read_int(call + _TILES):
+        before = configure_tiles()
+        _all_tasks(call)
+        restore_tiles(before)
+    else:
+        _all_tasks(call)
 
 
 class Inputs(NamedTuple):
@@ -208,6 +235,7 @@ def _run(call: np.ndarray, given: Inputs, first: MatrixLayout, last: MatrixLayou
     experts[:, field // 8] = rounded.data_ptr() + (0 if given.shared else row_bytes * starts)
     experts[:, _OUTPUT // 8] = output.data_ptr() + 4 * last.padded_rows * starts
     call[_TOKENS_IN_ALL // 8] = tokens
+    call[_TILES // 8] = max(counts) >= TILE_TOKENS and tiles_allowed()
     call[_FLOATS // 8], call[_ROUNDED // 8] = given.rows.data_ptr(), rounded.data_ptr()
     run_on_all(_tasks.address, call.ctypes.data)
     return output[:, : last.rows]

@@ -45,6 +45,11 @@ def byte_product_of(features: str) -> str:
     return next((way for way in BYTE_PRODUCTS if f"+{way}" in present), "generic")
 
 
+def has_tiles(features: str) -> bool:
+    """Whether a processor with ``features`` has a matrix unit for bytes."""
+    return {"+amx-int8", "+avx512vnni"} <= set(features.split(","))
+
+
 class Code:
     """A builder with the few vector operations that the kernels are made of.
 
@@ -54,11 +59,14 @@ class Code:
         Where the code goes.
     way : str
         One of :data:`BYTE_PRODUCTS`.
+    tiles : bool
+        Whether the processor has a matrix unit for bytes.
     """
 
-    def __init__(self, builder: Any, way: str) -> None:
+    def __init__(self, builder: Any, way: str, tiles: bool) -> None:
         self.b = builder
         self.way = way
+        self.tiles = tiles
 
     def integer(self, value: int) -> Value:
         return ir.Constant(I64, value)
@@ -191,8 +199,9 @@ def code_intrinsic(arguments: int, generate: Callable[[Code, Sequence[Value]], N
     @_intrinsic_of
     def kernel(context: Any, given: Any) -> tuple[Any, Any]:
         def codegen(context: Any, builder: Any, signature: Any, values: Sequence[Value]) -> Value:
-            chosen = way or byte_product_of(context.codegen().magic_tuple()[2])
-            generate(Code(builder, chosen), cgutils.unpack_tuple(builder, values[0], arguments))
+            features = context.codegen().magic_tuple()[2]
+            code = Code(builder, way or byte_product_of(features), has_tiles(features))
+            generate(code, cgutils.unpack_tuple(builder, values[0], arguments))
             return context.get_dummy_value()
 
         return types.void(types.UniTuple(types.int64, arguments)), codegen
@@ -246,13 +255,18 @@ def stack_of(floats: int) -> Any:
     @_intrinsic_of
     def scratch(context: Any) -> tuple[Any, Any]:
         def codegen(context: Any, builder: Any, signature: Any, values: Sequence[Value]) -> Value:
-            place = cgutils.alloca_once(builder, F32, size=floats)
-            place.align = 64
-            return builder.ptrtoint(place, I64)
+            return stack(builder, floats)
 
         return types.int64(), codegen
 
     return scratch
+
+
+def stack(builder: Any, floats: int) -> Value:
+    """Address of memory for so many floats that lives as long as the function that ``builder`` writes."""
+    place = cgutils.alloca_once(builder, F32, size=floats)
+    place.align = 64
+    return builder.ptrtoint(place, I64)
 
 
 @_intrinsic_of

@@ -71,6 +71,8 @@ class QuantizedExperts:
         self, module: Any, moe_layer: int, blocks: Sequence[int], hidden: Sequence[torch.Tensor]
     ) -> list[torch.Tensor]:
         """Outputs (N, D) of the experts in ``blocks`` of the pool for their gathered tokens (N, D), before the gate weights."""
+        if not blocks:
+            return []
         held = [self._pool.parameters(moe_layer, block)[BLOCK] for block in blocks]
         layer = self._layers[moe_layer]
         if sum(map(len, hidden)) <= MOST_TOKENS:

@@ -30,7 +30,7 @@ from swapless.store.write import write_error
 MANIFEST = "swapless.json"
 JOURNAL = ".swapless-pack.json"
 DENSE = "model.safetensors"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 _PART_BYTES = 3 << 20
 _AHEAD = 2
