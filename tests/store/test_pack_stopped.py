@@ -148,3 +148,11 @@ def test_a_price_that_cannot_be_noted_leaves_the_manifest(small_disk: Path) -> N
     with pytest.raises(WriteError, match="no room"):
         note_perplexity(folder, {"original": 2.0, "packed": 2.1})
     assert contents(folder) == before
+
+
+def test_an_unfinished_store_of_another_version_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "store"
+    folder.mkdir()
+    (folder / JOURNAL).write_text('{"options": {}, "done": {}}')
+    with pytest.raises(PackMismatchError, match="another version"):
+        pack(CHECKPOINT, folder, bits=4)

@@ -14,12 +14,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numba import cfunc, njit, types
 
+from swapless.cache.compiled import drop_stale
 from swapless.runtime.kernels_code import address_of, claim, pause, read_int, read_shared, stack_of
 from swapless.runtime.kernels_threads import run_on_all
 from swapless.runtime.kernels_tiles import TILE_TOKENS, configure_tiles, restore_tiles, tile_product, tiles_allowed
@@ -28,6 +30,8 @@ from swapless.store.matrix import COLUMN_BLOCK, ROW_BLOCK, MatrixLayout
 
 ACTIVATIONS = {"silu": SILU, "gelu_tanh": GELU_TANH}
 """What a call can apply as ``activation(gate) * up``."""
+
+drop_stale(Path(__file__).resolve().parent)
 
 _AT_ONCE = 4
 """Tokens that share one walk over the weights: as many as the sums of fit in registers."""

@@ -25,6 +25,9 @@ ROUNDED_BLOCK_BYTES = COLUMN_BLOCK + 8
 _LEAST = 1e-30
 """A block of inputs without a larger magnitude counts as zeros: its scale would not be a normal number."""
 
+import os
+_AHEAD_BYTES = int(os.environ.get("AHEAD", 4096))
+
 SILU, GELU_TANH = 1, 2
 """Kinds of activation."""
 
@@ -48,6 +51,7 @@ def block_product(bits: int, tokens: int, way: str | None = None) -> Any:
         def body(block: Value, totals: list[Value]) -> list[Value]:
             first = b.mul(block, code.integer(block_bytes))
             products = [constant(I32, 0)] * (tokens * HALVES)
+            if _AHEAD_BYTES: code.prefetch(b.add(given[0], b.add(first, code.integer(_AHEAD_BYTES))), block_bytes // 64)
             for place in range(0, block_bytes, 4 * ROW_BLOCK):
                 packed = [
                     code.load(code.at(values, first, code.integer(place + 4 * LANES * half)), I32, align=64)

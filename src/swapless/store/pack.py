@@ -18,7 +18,7 @@ import numpy as np
 
 from swapless.errors import PackMismatchError, UsageError, message
 from swapless.manifest import write_json
-from swapless.store.packed import JOURNAL, MANIFEST, Manifest, PackedLayer, block_file_header, read_manifest
+from swapless.store.packed import FORMAT_VERSION, JOURNAL, MANIFEST, Manifest, PackedLayer, block_file_header, read_manifest
 from swapless.store.read import aligned_buffer
 from swapless.store.write import FileWriter, write_error
 
@@ -175,7 +175,7 @@ class Packing:
 
     def _journal(self) -> None:
         try:
-            write_json(self.folder / JOURNAL, {"options": dict(self.options), "done": self.done})
+            write_json(self.folder / JOURNAL, {"format_version": FORMAT_VERSION, "options": dict(self.options), "done": self.done})
         except OSError as error:
             raise write_error(error, self.folder / JOURNAL, 0) from error
 
@@ -188,11 +188,23 @@ _FIRST_JOURNAL = f".{JOURNAL}.*.part"
 def _read_journal(path: Path) -> dict[str, Any]:
     try:
         journal: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return {"options": dict(journal["options"]), "done": dict(journal["done"])}
-    except (ValueError, KeyError, TypeError) as error:
+        known = {"options": dict(journal["options"]), "done": dict(journal["done"])}
+        version = journal.get("format_version")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise PackMismatchError(
             message("The journal of an unfinished packed store is malformed.", where=path, step="Remove the folder.")
         ) from error
+    if version != FORMAT_VERSION:
+        raise PackMismatchError(
+            message(
+                "The unfinished packed store is of another version of the format.",
+                where=path,
+                got=version,
+                allowed=FORMAT_VERSION,
+                step="Remove the folder.",
+            )
+        )
+    return known
 
 
 def _write_blocks(
