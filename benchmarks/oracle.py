@@ -4,17 +4,21 @@
     python -m benchmarks.oracle --corpus domains.parquet --queue    # run it; stop at any moment, start again, it goes on
     python -m benchmarks.oracle --corpus domains.parquet --queue --only theme-gate,switch
 
-Stages: `tune` trains `dense` and `switch` a quarter as long at three learning rates; `twins` trains every router at the best
-rate of `switch` (`dense` at its own); `seeds` repeats `dense`, `switch` and the winner. Each run leaves `result.json` and bf16
-weights in its folder, and a copy of the result in `benchmarks/results/oracle/`; the table is built from those.
+Several processes with `--queue` share the work; on few cores one thread each is best. Stages: `tune` trains `dense` and
+`switch` a quarter as long at three learning rates; `twins` trains every router at the best rate of `switch` (`dense` at its
+own); `seeds` repeats `dense`, `switch` and the winner. Each run leaves `result.json` and bf16 weights in its folder, and a copy
+of the result in `benchmarks/results/oracle/`; the table is built from those.
 """
 
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import sys
+import time
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,23 +37,23 @@ from swapless.oracle.evaluate import held_out
 from swapless.oracle.recipe import Recipe
 from swapless.oracle.train import train
 
-RATES = (1.5e-3, 3e-3, 6e-3)
-BUDGET = 0.08
+RATES = (0.01, 0.02, 0.04)
+BUDGET = 0.06
 """Experts changed a token that a gate may spend in training; the bar is 0.1 on held-out text."""
 ROUTERS: dict[str, dict[str, Any]] = {
     "dense": {},
     "switch": {},
     "theme-gate": {"changes": {"change_budget": BUDGET}},
     "oracle": {},
-    "switch-budget": {"router": "switch", "changes": {"change_budget": BUDGET}},
-    "theme-gate-slow": {"router": "theme-gate", "changes": {"memory_tokens": 0.0, "change_budget": BUDGET}},
     "prefix-mean": {},
     "hash-document": {},
+    "theme-gate-slow": {"router": "theme-gate", "changes": {"memory_tokens": 0.0, "change_budget": BUDGET}},
+    "switch-budget": {"router": "switch", "changes": {"change_budget": BUDGET}},
     "sticky": {},
     "soft-theme": {},
     "attention-output": {},
-    "oracle-switch-warmup": {"router": "oracle", "warmup": "switch"},
     "oracle-paper": {},
+    "oracle-switch-warmup": {"router": "oracle", "warmup": "switch"},
 }
 """Runs of the stage `twins` in their order: the question first, then the guards, then the rest."""
 NOT_WINNERS = ("dense", "switch", "hash-document", "prefix-mean", "oracle-paper")
@@ -145,6 +149,18 @@ def main() -> None:
         print(json.dumps(rows_of([result for result in results if result is not None])))
 
 
+@contextmanager
+def claimed(path: Path) -> Iterator[bool]:
+    """Whether this process is the one to do a run: several may work on one queue. Lost with the process, whatever its end."""
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+
+
 def _run(queue: Queue, chosen: Any, corpus: Path, *, store: bool) -> None:
     queue.out.mkdir(parents=True, exist_ok=True)
     documents = read_documents(corpus)
@@ -152,25 +168,34 @@ def _run(queue: Queue, chosen: Any, corpus: Path, *, store: bool) -> None:
     held_in = token_streams(domain_texts(documents, held_out=False), tokenizer, queue.out)
     unseen = token_streams(domain_texts(documents, held_out=True), tokenizer, queue.out)
     data = held_out(unseen, window_tokens=queue.base.window_tokens, end=tokenizer.eos_token_id)
-    done: set[str] = set()
+    failed: set[str] = set()
     while True:
-        left = [(name, recipe) for name, recipe in chosen() if recipe is not None and name not in done]
-        left = [(name, recipe) for name, recipe in left if queue.result(name) is None]
+        left = [(name, recipe) for name, recipe in chosen() if name not in failed and queue.result(name) is None]
         if not left:
             return
-        name, recipe = left[0]
-        done.add(name)
+        with ExitStack() as held:
+            ready = [(name, recipe) for name, recipe in left if recipe is not None]
+            mine = next((run for run in ready if held.enter_context(claimed(queue.out / f"{run[0]}.claim"))), None)
+            if mine is None:
+                if not ready and failed:
+                    return  # what is left waits for runs that failed
+                time.sleep(5)  # another process is at them
+                continue
+            name, recipe = mine
+            if queue.result(name) is not None:
+                continue
 
-        def report(stage: str, share: float, name: str = name) -> None:
-            print(f"\r{name}: {share:4.0%} {stage:40}", end="", file=sys.stderr, flush=True)
+            def report(stage: str, share: float, name: str = name) -> None:
+                print(f"\r{name}: {share:4.0%} {stage:40}", end="", file=sys.stderr, flush=True)
 
-        run = queue.out / name
-        try:
-            train(recipe, held_in, tokenizer, run, warmups=queue.out / "warmups", report=report)
-            result = measure_run(run, data, name=name, report=report)
-        except SwaplessError as error:  # the runs after it are worth having all the same
-            print(f"\r{name}: failed: {error}", file=sys.stderr)
-            continue
+            run = queue.out / name
+            try:
+                train(recipe, held_in, tokenizer, run, warmups=queue.out / "warmups", report=report)
+                result = measure_run(run, data, name=name, report=report)
+            except SwaplessError as error:  # the runs after it are worth having all the same
+                print(f"\r{name}: failed: {error}", file=sys.stderr)
+                failed.add(name)
+                continue
         figures = result["figures"]
         print(f"\r{name}: loss {figures['held_out_loss']:.4f}, joined {figures['joined_loss']:.4f}{'':40}", file=sys.stderr)
         if store:

@@ -37,4 +37,13 @@ SMALL = {
 }
 """Changes that make `tiny` quick; MoE blocks in 1 and 2, four experts."""
 MOE = {"moe_blocks": [1, 2], "num_experts": 4}
-RECIPE = {"steps": 6, "warmup_steps": 2, "rows": 4, "window_tokens": 48, "fit_batches": 3, "rising_steps": 2}
+RECIPE = {
+    "steps": 6,
+    "warmup_steps": 2,
+    "rows": 4,
+    "window_tokens": 48,
+    "fit_batches": 3,
+    "rising_steps": 2,
+    "peak_lr": 0.005,
+    "precision": "no",
+}

@@ -20,7 +20,7 @@ def test_a_queue_goes_from_rates_to_twins_to_seeds(tmp_path):
     queue = Queue(tmp_path, Recipe(steps=400, warmup_steps=40), seeds=2)
     runs = dict(queue.runs())
     assert list(runs)[:6] == [f"tune-{router}-{rate:g}" for router in ("dense", "switch") for rate in RATES]
-    assert runs["tune-switch-0.003"].steps == 100 and runs["theme-gate"] is None and runs["winner-seed1"] is None
+    assert runs["tune-switch-0.02"].steps == 100 and runs["theme-gate"] is None and runs["winner-seed1"] is None
     for router, best in (("dense", RATES[2]), ("switch", RATES[0])):
         for rate in RATES:
             finish(tmp_path, f"tune-{router}-{rate:g}", 3.0 if rate == best else 3.5)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
 from transformers import AutoTokenizer
 
@@ -18,6 +21,8 @@ from swapless.oracle.corpus import domain_texts, read_documents, token_streams
 from swapless.oracle.fit import fit_routers
 from swapless.oracle.fork import fork
 from swapless.oracle.losses import balance_loss, sticky_loss
+from swapless.oracle.muon import Muon, orthogonalised, split_parameters
+from swapless.oracle.output_loss import next_token_loss
 from swapless.oracle.recipe import Recipe
 from swapless.oracle.router import changes
 from swapless.oracle.sorted_experts import sorted_experts_forward
@@ -61,22 +66,51 @@ def test_the_fork_from_a_dense_warm_up_loses_nothing(trainer, router):
     run.step()
     ids = text(0, 40) % 4000
     before = run.model.eval()(ids, use_cache=False).logits
-    moments = {n: s["exp_avg"].clone() for n, s in named_state(run).items()}
+    before_fork = {key: dict(found) for key, found in run.moments().items()}
     run.fork()
     after = run.model.eval()(ids, use_cache=False)
     assert torch.allclose(after.logits, before, atol=1e-4)
-    carried = named_state(run)
-    name = "model.layers.1.mlp.experts.up_proj"
-    source = moments["model.layers.1.mlp.up_proj.weight"]
-    assert source.any() and all(torch.equal(one, source) for one in carried[name]["exp_avg"])
-    assert torch.equal(carried["model.embed_tokens.weight"]["exp_avg"], moments["model.embed_tokens.weight"])
+    carried = run.moments()
+    mlp = "model.layers.1.mlp"
+    for key, new, old in (
+        ("momentum", f"{mlp}.experts.up_proj", f"{mlp}.up_proj.weight"),
+        ("exp_avg", f"{mlp}.experts.up_proj_bias", f"{mlp}.up_proj.bias"),
+    ):
+        source = before_fork[key][old]
+        assert source.any() and all(torch.equal(one, source) for one in carried[key][new])
+    embedding = "model.embed_tokens.weight"
+    assert torch.equal(carried["exp_avg_sq"][embedding], before_fork["exp_avg_sq"][embedding])
+    assert carried["step"][f"{mlp}.experts.up_proj_bias"] == 1
     run.step()
 
 
-def named_state(run: Trainer) -> dict[str, dict[str, torch.Tensor]]:
-    return {
-        name: dict(run._optimiser.state.get(p, {})) for name, p in run.model.named_parameters() if run._optimiser.state.get(p)
-    }
+def test_steps_of_muon_are_orthogonal_and_of_adamw_the_rest():
+    model = build("switch")
+    hidden, others, vectors = split_parameters(model)
+    assert len(hidden) + len(others) + len(vectors) == len(list(model.parameters()))
+    names = {id(p): name for name, p in model.named_parameters()}
+    assert all("proj" in names[id(p)] for p in hidden) and any(p.ndim == 3 for p in hidden)
+    assert any(names[id(p)].endswith("up_proj_bias") for p in vectors) and all("proj" not in names[id(p)] for p in others)
+    stack = torch.randn(3, 24, 40, generator=torch.Generator().manual_seed(0))
+    values = torch.linalg.svdvals(orthogonalised(stack))
+    assert float(values.min()) > 0.5 and float(values.max()) < 1.3
+    assert torch.equal(orthogonalised(stack)[1], orthogonalised(stack[1:2])[0])
+    parameter = torch.nn.Parameter(torch.zeros(40, 10))
+    parameter.grad = torch.randn(40, 10, generator=torch.Generator().manual_seed(1))
+    Muon([parameter], lr=0.1).step()
+    assert torch.allclose(parameter.detach(), -0.1 * 2 * orthogonalised(parameter.grad), atol=1e-2)
+
+
+def test_the_loss_in_pieces_is_the_loss(monkeypatch):
+    rng = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(50, 16, generator=rng).requires_grad_(), torch.randn(30, 16, generator=rng).requires_grad_()
+    expected = torch.randint(0, 30, (50,), generator=rng)
+    monkeypatch.setattr("swapless.oracle.output_loss._LOGITS_AT_ONCE", 30 * 7)
+    results = []
+    for loss in (next_token_loss(hidden, weight, expected), F.cross_entropy(hidden @ weight.t(), expected)):
+        results.append([loss, *torch.autograd.grad(3 * loss, [hidden, weight])])
+    for one, two in zip(*results, strict=True):
+        assert torch.allclose(one, two, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(("router", "warmup"), [("theme-gate", "dense"), ("oracle", "switch"), ("dense", "dense")])
@@ -99,6 +133,44 @@ def test_a_stopped_run_goes_on_bit_for_bit(trainer, tmp_path, router, warmup):
         go(again, 6)
         for (name, one), (_, two) in zip(whole.model.state_dict().items(), again.model.state_dict().items(), strict=True):
             assert torch.equal(one, two), name
+
+
+IN_HALF_PRECISION = """
+import sys
+from pathlib import Path
+from transformers import AutoTokenizer
+from swapless import embedded
+from swapless.oracle.corpus import domain_texts, read_documents, token_streams
+from swapless.oracle.recipe import Recipe
+from swapless.oracle.train import train
+from tests.oracle.corpus import MOE, RECIPE, SMALL, write_corpus
+
+folder = Path(sys.argv[1])
+documents = read_documents(write_corpus(folder / "corpus.parquet"))
+tokenizer = AutoTokenizer.from_pretrained(embedded.path())
+streams = token_streams(domain_texts(documents, held_out=False), tokenizer, folder)
+recipe = Recipe(router="theme-gate", changes=SMALL | MOE, **RECIPE | {"precision": "bf16"})
+
+class Stopped(Exception): ...
+
+def stop(stage, done):
+    if stage.startswith("step 4"):
+        raise Stopped
+
+train(recipe, streams, tokenizer, folder / "whole")
+try:
+    train(recipe, streams, tokenizer, folder / "parts", save_every_s=0.0, report=stop)
+except Stopped:
+    train(recipe, streams, tokenizer, folder / "parts")
+"""
+
+
+def test_a_run_in_half_precision_goes_on_bit_for_bit(tmp_path):
+    # A process of its own: Accelerate keeps one precision a process.
+    subprocess.run([sys.executable, "-c", IN_HALF_PRECISION, str(tmp_path)], check=True, capture_output=True)
+    whole, parts = (tmp_path / run / "model" / "model.safetensors" for run in ("whole", "parts"))
+    assert whole.read_bytes() == parts.read_bytes()
+    assert (tmp_path / "parts" / "log.jsonl").stat().st_size > 0
 
 
 def test_a_checkpoint_of_another_recipe_is_refused(trainer, tmp_path):
@@ -219,7 +291,9 @@ def test_fitting_what_cannot_be_fitted(trainer):
         )
 
 
-@pytest.mark.parametrize("wrong", [{"warmup": "none"}, {"warmup_steps": 0}, {"warmup_steps": 7}, {"joined_share": 2.0}])
+@pytest.mark.parametrize(
+    "wrong", [{"warmup": "none"}, {"warmup_steps": 0}, {"warmup_steps": 7}, {"joined_share": 2.0}, {"precision": "fp8"}]
+)
 def test_recipes_that_cannot_be(wrong):
     with pytest.raises(UsageError):
         recipe("oracle", **wrong)

@@ -1,7 +1,13 @@
-"""``swapless demo``: the embedded model writes one text at three residencies, and the three texts are the same."""
+"""``swapless demo``: the embedded model writes one text at three residencies, then two twins write with little memory.
+
+The three texts are the same; the twins show what the routing itself can save.
+"""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from swapless.cli import _options as options
@@ -22,6 +28,10 @@ _THREADS = 1
 
 _WARM_UP = Sampling(max_new_tokens=2)
 
+TWIN_PROMPT = "def read_file(path):\n"
+_TWIN_SAMPLING = Sampling(max_new_tokens=96, min_new_tokens=96, temperature=0.7, top_p=0.9, seed=1)
+_TWIN_NAMES = {"switch": "routes by the token", "theme-gate": "routes by the theme of the text"}
+
 
 def demo(as_json: options.Json = False, quiet: options.Quiet = False) -> None:
     """Show the main job on the embedded model.
@@ -34,7 +44,6 @@ def demo(as_json: options.Json = False, quiet: options.Quiet = False) -> None:
     checkpoint = str(path())
     runs = [_run(checkpoint, residency, out) for residency in RESIDENCIES]
     identical = len({run["text"] for run in runs}) == 1
-    out.document({"prompt": PROMPT, "seed": _SAMPLING.seed, "identical": identical, "runs": runs})
     out.table(
         ("resident", "slots", "hit rate", "read a token", "tok/s", "stall", "peak memory"),
         [
@@ -55,6 +64,8 @@ def demo(as_json: options.Json = False, quiet: options.Quiet = False) -> None:
             message("The three texts differ.", allowed="the same text at each residency", step="Please report it.")
         )
     out.text("\nThe three texts are the same, character for character: fewer experts in memory cost time, never quality.\n")
+    twins = _twins(out)
+    out.document({"prompt": PROMPT, "seed": _SAMPLING.seed, "identical": identical, "runs": runs, "twins": twins})
     out.text("hit rate      experts that were in memory before their token asked for them")
     out.text("read a token  bytes that had to come from the disk for each new token")
     out.text("stall         share of the time that computing waited for those bytes\n")
@@ -62,6 +73,49 @@ def demo(as_json: options.Json = False, quiet: options.Quiet = False) -> None:
     out.text(f'  swapless run {checkpoint} --resident 25% --prompt "def main():"')
     out.text(f"  swapless info {checkpoint}")
     out.text("  swapless run YOUR_CHECKPOINT --memory 8GiB --chat")
+
+
+def _twins(out: Out) -> list[dict[str, Any]]:
+    """Both twins on one prompt, with one expert of each MoE layer in memory."""
+    from swapless.embedded import TWINS, twin
+
+    out.text("Two models of one size and one training, with room for a single expert in each of their MoE layers:\n")
+    rows = []
+    for router in TWINS:
+        checkpoint = str(twin(router))
+        tokenizer = open_tokenizer(checkpoint)
+        with open_model(checkpoint, out, threads=_THREADS, resident=1 / _experts_a_layer(checkpoint)) as model:
+            ids = prompt_ids(tokenizer, TWIN_PROMPT)
+            generate(model, tokenizer, ids, _WARM_UP, lambda piece: None)
+            model.swapless.reset_stats()
+            out.text(f"{router}: {_TWIN_NAMES[router]}")
+            out.text("    " + TWIN_PROMPT.replace("\n", "\n    "), end="")
+            reply = generate(model, tokenizer, ids, _TWIN_SAMPLING, _indented(out))
+            out.text("\n")
+            rows.append({"router": router} | measured(reply, model.swapless))
+    out.table(
+        ("twin", "experts swapped", "read in all", "tok/s", "stall"),
+        [
+            (
+                row["router"],
+                f"{row['requests'] - row['hits']} in {row['new_tokens']} tokens",
+                size(row["decode_bytes_read"]),
+                rate(row["tokens_per_s"]),
+                share(row["stall_share"]),
+            )
+            for row in rows
+        ],
+    )
+    out.text("")
+    return rows
+
+
+def _indented(out: Out) -> Callable[[str], None]:
+    return lambda piece: out.text(piece.replace("\n", "\n    "), end="")
+
+
+def _experts_a_layer(checkpoint: str) -> int:
+    return int(json.loads((Path(checkpoint) / "config.json").read_text(encoding="utf-8"))["num_experts"])
 
 
 def _run(checkpoint: str, residency: float, out: Out) -> dict[str, Any]:
@@ -80,6 +134,6 @@ def _run(checkpoint: str, residency: float, out: Out) -> dict[str, Any]:
         model.swapless.reset_stats()
         out.text(f"{residency:.0%} of the experts in memory ({budget.slots} of {budget.num_experts_total})")
         out.text(f"    {PROMPT}", end="")
-        reply = generate(model, tokenizer, ids, _SAMPLING, lambda piece: out.text(piece.replace("\n", "\n    "), end=""))
+        reply = generate(model, tokenizer, ids, _SAMPLING, _indented(out))
         out.text("\n")
         return {"resident": residency, "experts": budget.num_experts_total} | measured(reply, model.swapless)

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from swapless.errors import CheckpointMissingError, message
+from swapless.errors import CheckpointMissingError, UnknownNameError, message
 
-__all__ = ["path"]
+__all__ = ["TWINS", "path", "twin"]
+
+TWINS = ("switch", "theme-gate")
+"""Routers of the two twins: a learned gate that looks at the token, and one that looks at the theme of the text."""
 
 
 def path() -> Path:
@@ -36,3 +39,21 @@ def path() -> Path:
             )
         )
     return folder
+
+
+def twin(router: str) -> Path:
+    """Folder of one of the twins of :mod:`swapless.oracle`, which differ in their router alone.
+
+    Raises
+    ------
+    UnknownNameError
+        There is no twin of that router.
+
+    Examples
+    --------
+    >>> (twin("switch") / "config.json").is_file()
+    True
+    """
+    if router not in TWINS:
+        raise UnknownNameError.of("twin", router, TWINS)
+    return path() / "twins" / router

@@ -22,6 +22,7 @@ from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOut
 from swapless.errors import ContextError, UsageError, message
 from swapless.oracle.attention import Attention, attention_mask_of
 from swapless.oracle.config import OracleMoeConfig
+from swapless.oracle.output_loss import next_token_loss
 from swapless.oracle.router import OracleMoeRouter, Routing
 from swapless.oracle.space import OracleSpace
 from swapless.oracle.state import Documents, OracleCache, RouterState, follow
@@ -287,9 +288,12 @@ class OracleMoeForCausalLM(OracleMoePreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        shift_labels: Tensor | None = None,
         **kwargs: Any,
     ) -> OracleMoeOutput:
         """Logits (B, N, V) of every token, or of the last ``logits_to_keep``; with ``labels`` the mean loss in nats.
+
+        With ``shift_labels`` (B, N), the token that follows each, there is the loss and no logits: for training.
 
         Raises
         ------
@@ -298,8 +302,12 @@ class OracleMoeForCausalLM(OracleMoePreTrainedModel, GenerationMixin):
         """
         out = self.model(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache)
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(out.last_hidden_state[:, keep])
-        loss = None if labels is None else self.loss_function(logits, labels, self.config.vocab_size)
+        if shift_labels is not None:
+            logits = None
+            loss = next_token_loss(out.last_hidden_state.flatten(0, 1), self.lm_head.weight, shift_labels.flatten())
+        else:
+            logits = self.lm_head(out.last_hidden_state[:, keep])
+            loss = None if labels is None else self.loss_function(logits, labels, self.config.vocab_size)
         return OracleMoeOutput(
             loss=loss,
             logits=logits,

@@ -48,10 +48,14 @@ class Recipe:
         Shape of a batch, over all processes.
     joined_share : float
         Share of the rows that are made of three texts of different domains.
+    peak_lr, adamw_lr_share : float
+        Peak of Muon's rate (hidden matrices), and AdamW's share of it (embeddings, gates, vectors).
     rising_steps : int
         Over which the learning rate rises; then it falls to ``final_lr_share`` of its peak along a cosine.
     fit_batches : int
         Batches that the spaces are fitted to.
+    precision : str
+        Of the products in training: ``"bf16"`` (mixed, weights stay in float32) or ``"no"``.
     expert_map : str
         With a ``"switch"`` warm-up: ``"match"`` gives each region the expert that its tokens used most, ``"same"`` leaves them.
 
@@ -65,25 +69,28 @@ class Recipe:
     router: str = "oracle"
     changes: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
-    steps: int = 2400
+    steps: int = 1200
     warmup: str = "dense"
-    warmup_steps: int = 200
-    rows: int = 8
+    warmup_steps: int = 60
+    rows: int = 4
     window_tokens: int = 512
     joined_share: float = 0.25
     domain_power: float = 0.5
-    peak_lr: float = 3e-3
+    peak_lr: float = 0.02
+    adamw_lr_share: float = 0.2
     final_lr_share: float = 0.05
     rising_steps: int = 100
     weight_decay: float = 0.1
-    balance: float = 0.01
+    balance: float = 0.05
     max_grad_norm: float = 1.0
     fit_batches: int = 24
+    precision: str = "bf16"
     expert_map: str = "match"
 
     def __post_init__(self) -> None:
         """Refuse what cannot be."""
-        for name, allowed in (("warmup", ("dense", "switch")), ("expert_map", ("match", "same"))):
+        choices = {"warmup": ("dense", "switch"), "expert_map": ("match", "same"), "precision": ("bf16", "no")}
+        for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise UsageError(message(f"{name} of a recipe.", got=getattr(self, name), allowed=" or ".join(allowed)))
         if not 0 < self.warmup_steps <= self.steps:

@@ -135,7 +135,7 @@ class OracleMoeRouter(nn.Module):
         return F.linear(theme, self.weight.float(), self.bias.float())
 
     def _choose(self, scores_BNE: Tensor, restart: np.ndarray, state: RouterState) -> Tensor:
-        scores = scores_BNE.detach().cpu().numpy()
+        scores = scores_BNE.detach().float().cpu().numpy()
         B, N, _ = scores.shape
         previous = state["chosen"].numpy().copy() if "chosen" in state else np.full((B, self.top_k), -1, np.int64)
         ids = np.empty((B, N, self.top_k), np.int64)

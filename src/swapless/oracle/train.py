@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from swapless.errors import UsageError, message
@@ -26,6 +25,7 @@ from swapless.oracle.fit import fit_routers
 from swapless.oracle.fork import Carry, fork, match_experts
 from swapless.oracle.losses import router_losses
 from swapless.oracle.model import OracleMoeForCausalLM
+from swapless.oracle.muon import Muon, split_parameters
 from swapless.oracle.recipe import Recipe
 from swapless.oracle.router import changes
 from swapless.oracle.sorted_experts import SORTED, register_sorted_experts
@@ -47,7 +47,7 @@ def join_rows(ids_BT: np.ndarray, share: float, rng: np.random.Generator) -> np.
 
 
 class Trainer:
-    """Model, optimiser and data order of one run; :meth:`step` changes all three. ``forked`` says that the warm-up is over.
+    """Model, optimisers and data order of one run; :meth:`step` changes all three. ``forked`` says that the warm-up is over.
 
     Parameters
     ----------
@@ -82,11 +82,12 @@ class Trainer:
         register_sorted_experts()
         if model.config.moe_blocks:
             model.set_experts_implementation(SORTED)
-        matrices = [p for p in model.parameters() if p.ndim >= 2]
-        vectors = [p for p in model.parameters() if p.ndim < 2]
-        groups = [{"params": matrices, "weight_decay": self.recipe.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-        optimiser = torch.optim.AdamW(groups, lr=self.recipe.peak_lr, betas=(0.9, 0.95), fused=True)
-        self._wrapped, self._optimiser = self._accelerator.prepare(model, optimiser)
+        hidden, others, vectors = split_parameters(model)
+        decay = self.recipe.weight_decay
+        muon = Muon(hidden, lr=self.recipe.peak_lr, weight_decay=decay)
+        groups = [{"params": others, "weight_decay": decay}, {"params": vectors, "weight_decay": 0.0}]
+        adamw = torch.optim.AdamW(groups, lr=self.recipe.peak_lr, betas=(0.9, 0.95), fused=True)
+        self._wrapped, *self._optimisers = self._accelerator.prepare(model, muon, adamw)
 
     def fork(self, report: Report = lambda stage, done: None) -> None:
         """End the warm-up: fit the routers to held-in text, make the experts, carry the optimiser's moments over."""
@@ -110,7 +111,7 @@ class Trainer:
         there: Any = new  # transformers' annotation of to's self does not fit its own models
         if old.config.router != "dense" and recipe.expert_map == "match" and config.kind.choice == "centroids":
             new, carry = fork(old, config, fits, match_experts(old, there.to(old.device), batches))
-        moments = self._moments()
+        moments = self.moments()
         self._adopt(new)
         self._put_moments(moments, carry)
 
@@ -124,27 +125,28 @@ class Trainer:
         rng = np.random.default_rng([recipe.seed, 2])
         return [torch.from_numpy(join_rows(ids, recipe.joined_share, rng)).to(device) for ids in drawn]
 
-    def _moments(self) -> dict[str, dict[str, Tensor]]:
-        """The optimiser's state by its keys, then by parameter name."""
-        found: dict[str, dict[str, Tensor]] = {"step": {}, "exp_avg": {}, "exp_avg_sq": {}}
-        states = self._optimiser.state
+    def moments(self) -> dict[str, dict[str, Tensor]]:
+        """The optimisers' state by its keys, then by parameter name."""
+        found: dict[str, dict[str, Tensor]] = {}
         for name, parameter in self.model.named_parameters():
-            for key, value in states.get(parameter, {}).items():
-                found[key][name] = value
+            for optimiser in self._optimisers:
+                for key, value in optimiser.state.get(parameter, {}).items():
+                    found.setdefault(key, {})[name] = value
         return found
 
     def _put_moments(self, moments: dict[str, dict[str, Tensor]], carry: Carry) -> None:
-        inner = getattr(self._optimiser, "optimizer", self._optimiser)
-        steps = moments["step"].values()
+        steps = next(iter(moments.get("step", {}).values()), None)
         for name, parameter in self.model.named_parameters():
-            carried = [carry(moments[key], name) for key in ("exp_avg", "exp_avg_sq")]
-            if carried[0] is None or carried[1] is None:
-                continue
-            inner.state[parameter] = {
-                "step": next(iter(steps)).clone(),
-                "exp_avg": carried[0].clone().contiguous(),
-                "exp_avg_sq": carried[1].clone().contiguous(),
-            }
+            for optimiser in self._optimisers:
+                inner = getattr(optimiser, "optimizer", optimiser)
+                if not any(parameter is one for group in inner.param_groups for one in group["params"]):
+                    continue
+                keys = ("momentum",) if isinstance(inner, Muon) else ("exp_avg", "exp_avg_sq")
+                carried = {key: carry(moments.get(key, {}), name) for key in keys}
+                state = {key: value.clone().contiguous() for key, value in carried.items() if value is not None}
+                if len(state) == len(keys):
+                    count = {} if isinstance(inner, Muon) or steps is None else {"step": steps.clone()}
+                    inner.state[parameter] = count | state
 
     def step(self) -> dict[str, Any]:
         """One optimiser step; returns the figures to log."""
@@ -156,16 +158,19 @@ class Trainer:
         mine = drawn[accelerator.process_index :: accelerator.num_processes]
         ids_BT = torch.from_numpy(mine).to(accelerator.device)
         rate = recipe.learning_rate(self.step_count)
-        for group in self._optimiser.param_groups:
-            group["lr"] = rate
+        for optimiser, share in zip(self._optimisers, (1.0, recipe.adamw_lr_share), strict=True):
+            for group in optimiser.param_groups:
+                group["lr"] = share * rate
         self._wrapped.train()
-        out = self._wrapped(ids_BT[:, :-1], use_cache=False)
-        loss = F.cross_entropy(out.logits.float().flatten(0, 1), ids_BT[:, 1:].flatten())
+        out = self._wrapped(ids_BT[:, :-1], shift_labels=ids_BT[:, 1:], use_cache=False)
+        loss = out.loss
         extra = router_losses(self.model, out, recipe.balance)
-        self._optimiser.zero_grad(set_to_none=True)
+        for optimiser in self._optimisers:
+            optimiser.zero_grad(set_to_none=True)
         accelerator.backward(loss + extra)
         norm = accelerator.clip_grad_norm_(self._wrapped.parameters(), recipe.max_grad_norm)
-        self._optimiser.step()
+        for optimiser in self._optimisers:
+            optimiser.step()
         for router, ids_TK in zip(self.model.routers, out.expert_ids, strict=True):
             router.observe(ids_TK, out.restarts.to(ids_TK.device))
         self.step_count += 1
@@ -182,7 +187,7 @@ class Trainer:
             "recipe": asdict(self.recipe),
             "forked": self.forked,
             "model": self.model.state_dict(),
-            "optimiser": self._optimiser.state_dict(),
+            "optimisers": [optimiser.state_dict() for optimiser in self._optimisers],
             "rng": torch.get_rng_state(),
             "sampler": self._sampler.state,
             "step_count": self.step_count,
@@ -215,7 +220,8 @@ class Trainer:
         if self.forked:
             self._adopt(OracleMoeForCausalLM(self.recipe.config(**self._tokens)))
         self.model.load_state_dict(state["model"])
-        self._optimiser.load_state_dict(state["optimiser"])
+        for optimiser, known in zip(self._optimisers, state["optimisers"], strict=True):
+            optimiser.load_state_dict(known)
         torch.set_rng_state(state["rng"])
         self._sampler.restore(state["sampler"])
         self.step_count, self.elapsed_s, self.fit_notes = state["step_count"], state["elapsed_s"], state["fit_notes"]
@@ -228,7 +234,6 @@ def train(
     run: Path,
     *,
     warmups: Path | None = None,
-    precision: str = "no",
     save_every_s: float = 120.0,
     report: Report = lambda stage, done: None,
 ) -> Path:
@@ -246,8 +251,6 @@ def train(
         The run's folder.
     warmups : Path, optional
         Folder in which runs share their warm-ups.
-    precision : str
-        Mixed precision of Accelerate: ``"no"`` or ``"bf16"``.
     save_every_s : float
         Between checkpoints.
     report : callable
@@ -273,7 +276,7 @@ def train(
         _same_recipe(run, recipe)
         return exported
     run.mkdir(parents=True, exist_ok=True)
-    accelerator = Accelerator(mixed_precision=precision, cpu=not torch.cuda.is_available())
+    accelerator = Accelerator(mixed_precision=recipe.precision, cpu=not torch.cuda.is_available())
     trainer = Trainer(recipe, streams, special_tokens(tokenizer), accelerator)
     checkpoint = run / "checkpoint.pt"
     shared = None if warmups is None else warmups / f"warmup-{recipe.warmup_key}.pt"
