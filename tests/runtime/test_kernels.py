@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -129,22 +130,28 @@ def test_all_ways_of_multiplying_bytes_give_the_same_bits(bits: int, count: int)
     given = as_inputs([tokens(count, 96)], m.layout)
     expected = product(m.layout, [m.address], given)
     rounded = torch.empty(count, 3 * ROUNDED_BLOCK_BYTES, dtype=torch.uint8)
-    ways = [way for way in BYTE_PRODUCTS if way == "generic" or f"+{way}" in host_features().split(",")]
-    for way in ways:
-        kernel, rounds = block_product(bits, count, way), rounding()
+    row = rounded.stride(0)
+    starts = np.array([(given.rows.data_ptr() + 4 * 96 * i, rounded.data_ptr() + row * i, 3) for i in range(count)])
+    scales, zeros = m.address + m.layout.scales_offset, m.address + m.layout.zeros_offset
+    for way in BYTE_PRODUCTS:
+        if way == "generic" or f"+{way}" in host_features().split(","):
+            out = torch.full((count, 32), torch.nan)
+            compiled = one_block(bits, count, way)
+            compiled((m.address, scales, zeros, rounded.data_ptr(), row, 3, 0, out.data_ptr(), 32), starts)
+            assert torch.equal(out, expected), way
 
-        @njit
-        def run(product_arguments, rounding_arguments):  # type: ignore[no-untyped-def]
-            for i in range(len(rounding_arguments)):
-                rounds((rounding_arguments[i, 0], rounding_arguments[i, 1], rounding_arguments[i, 2]))
-            kernel(product_arguments)
 
-        out = torch.full((count, 32), torch.nan)
-        scales, zeros = m.address + m.layout.scales_offset, m.address + m.layout.zeros_offset
-        row = rounded.stride(0)
-        starts = [(given.rows.data_ptr() + 4 * 96 * i, rounded.data_ptr() + row * i, 3) for i in range(count)]
-        run((m.address, scales, zeros, rounded.data_ptr(), row, 3, 0, out.data_ptr(), 32), np.array(starts))
-        assert torch.equal(out, expected), way
+def one_block(bits: int, count: int, way: str) -> Callable[..., None]:
+    """A function that rounds rows and multiplies them by a block in one way."""
+    kernel, rounds = block_product(bits, count, way), rounding()
+
+    @njit
+    def run(product_arguments, rounding_arguments):  # type: ignore[no-untyped-def]
+        for i in range(len(rounding_arguments)):
+            rounds((rounding_arguments[i, 0], rounding_arguments[i, 1], rounding_arguments[i, 2]))
+        kernel(product_arguments)
+
+    return run  # type: ignore[no-any-return]
 
 
 def test_the_best_way_of_multiplying_bytes_is_taken() -> None:

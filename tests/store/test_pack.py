@@ -295,7 +295,11 @@ def test_large_blocks_are_read_in_parts_straight_into_the_slot(tmp_path: Path) -
         (lambda folder: (folder / MANIFEST).write_text("{"), None, "malformed"),
         (lambda folder: (folder / MANIFEST).write_text('{"format_version": 2, "bits": 4}'), None, "malformed"),
         (lambda folder: (folder / MANIFEST).write_text('{"format_version": 9}'), PackMismatchError, "another version"),
-        (lambda folder: (folder / MANIFEST).write_text('{"format_version": 1}'), PackMismatchError, "Pack the checkpoint again"),
+        (
+            lambda folder: (folder / MANIFEST).write_text('{"format_version": 1}'),
+            PackMismatchError,
+            "Pack the checkpoint again",
+        ),
         (
             lambda folder: shutil.copy(folder / "experts-00001.safetensors", folder / "experts-00002.safetensors"),
             PackMismatchError,

@@ -5,8 +5,8 @@ block of 32 rows of gate and up of an expert, apply the activation and round the
 a task of a later stage a thread waits for what it needs, which threads that claimed earlier are at work on. Where the gate
 is not the common one (a bias, clamping, no gate at all), the caller does that part and asks for plain products instead.
 
-Inputs are rounded to 8 bits in blocks of 32 columns, weights as they are stored; products of the two are summed exactly within a
-block and in float32 beyond. A token's result depends on nothing but its own input: neither on the other tokens and
+Inputs are rounded to 8 bits in blocks of 32 columns; their products with the weights are summed exactly within a block and in
+float32 beyond. A token's result depends on nothing but its own input: neither on the other tokens and
 experts of the call, nor on the number of threads, nor on which of its instructions the processor has for products of bytes.
 """
 
@@ -50,7 +50,9 @@ _on_threads: Any = _cfunc(types.void(types.voidptr), cache=True, nopython=True, 
 # experts (among it two descriptions of matrices), and a line for each expert.
 _LINE = 64
 _NEXT, _ROUNDED_COUNT, _FIELDS = 0, _LINE, 2 * _LINE
-_TOKENS_IN_ALL, _INTO_TASKS, _OUT_TASKS, _FLOATS, _ROUNDED, _ACTIVATION, _OUTPUT_STRIDE, _TILES = (_FIELDS + 8 * i for i in range(8))
+_TOKENS_IN_ALL, _INTO_TASKS, _OUT_TASKS, _FLOATS, _ROUNDED, _ACTIVATION, _OUTPUT_STRIDE, _TILES = (
+    _FIELDS + 8 * i for i in range(8)
+)
 _INTO, _OUT = 3 * _LINE, 4 * _LINE
 _EXPERTS = 5 * _LINE
 _BITS, _COLUMN_BLOCKS, _GROUP_SHIFT, _SCALES, _ZEROS, _BLOCKS = (8 * i for i in range(6))

@@ -1,4 +1,4 @@
-"""Products of many tokens at once on processors with a matrix unit (AMX), which multiplies 16 tokens by 16 rows in one instruction.
+"""Products of many tokens at once on processors with a matrix unit (AMX): 16 tokens by 16 rows in one instruction.
 
 The unit works on *tiles*, registers whose shape a thread must set before and put back after, since torch's own products use
 them too. The integers are those of the other kernels, and floats are added in the same order: the result has the same bits.
@@ -18,7 +18,21 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from swapless.runtime.kernels_code import F32, I8, I16, I32, I64, LANES, Code, Value, code_intrinsic, constant, has_tiles, stack, vector
+from swapless.runtime.kernels_code import (
+    F32,
+    I8,
+    I16,
+    I32,
+    I64,
+    LANES,
+    Code,
+    Value,
+    code_intrinsic,
+    constant,
+    has_tiles,
+    stack,
+    vector,
+)
 from swapless.store.matrix import COLUMN_BLOCK, ROW_BLOCK
 
 TILE_TOKENS = 16

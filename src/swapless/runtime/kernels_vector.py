@@ -25,8 +25,8 @@ ROUNDED_BLOCK_BYTES = COLUMN_BLOCK + 8
 _LEAST = 1e-30
 """A block of inputs without a larger magnitude counts as zeros: its scale would not be a normal number."""
 
-import os
-_AHEAD_BYTES = int(os.environ.get("AHEAD", 4096))
+_AHEAD_BYTES = 4096
+"""Weights are asked for so long before they are used: in 4 bits, a fifth more of them a second than without, in 8 no fewer."""
 
 SILU, GELU_TANH = 1, 2
 """Kinds of activation."""
@@ -51,7 +51,7 @@ def block_product(bits: int, tokens: int, way: str | None = None) -> Any:
         def body(block: Value, totals: list[Value]) -> list[Value]:
             first = b.mul(block, code.integer(block_bytes))
             products = [constant(I32, 0)] * (tokens * HALVES)
-            if _AHEAD_BYTES: code.prefetch(b.add(given[0], b.add(first, code.integer(_AHEAD_BYTES))), block_bytes // 64)
+            code.prefetch(b.add(given[0], b.add(first, code.integer(_AHEAD_BYTES))), block_bytes // 64)
             for place in range(0, block_bytes, 4 * ROW_BLOCK):
                 packed = [
                     code.load(code.at(values, first, code.integer(place + 4 * LANES * half)), I32, align=64)
@@ -122,7 +122,9 @@ def rounding() -> Any:
     def generate(code: Code, given: Sequence[Value]) -> None:
         def body(block: Value, nothing: list[Value]) -> list[Value]:
             at = code.at(code.pointer(given[0], F32), code.b.mul(block, code.integer(COLUMN_BLOCK)))
-            _round_block(code, [code.load(code.at(at, code.integer(half * LANES)), F32, 4) for half in range(2)], given[1:], block)
+            _round_block(
+                code, [code.load(code.at(at, code.integer(half * LANES)), F32, 4) for half in range(2)], given[1:], block
+            )
             return nothing
 
         code.loop(given[2], [], body)
@@ -163,9 +165,7 @@ def gating() -> Any:
         smooth = code.splat(b.icmp_signed("==", given[2], code.integer(GELU_TANH)))
         halves = []
         for half in range(HALVES):
-            gate, up = (
-                code.load(code.at(code.pointer(at, F32), code.integer(half * LANES)), F32, 4) for at in given[:2]
-            )
+            gate, up = (code.load(code.at(code.pointer(at, F32), code.integer(half * LANES)), F32, 4) for at in given[:2])
             # (1 + tanh(y)) / 2 is 1 / (1 + exp(-2 y)): both activations are the gate times such a quotient.
             cubic = code.multiply_add(b.fmul(b.fmul(gate, gate), gate), constant(F32, 0.044715), gate)
             inner = b.select(smooth, b.fmul(cubic, constant(F32, 1.5957691216057308)), gate)

@@ -100,9 +100,7 @@ def _portions(hidden: Sequence[torch.Tensor]) -> Iterator[tuple[list[int], list[
     yield places, tokens
 
 
-def _together(
-    module: Any, layer: _Layer, blocks: Sequence[torch.Tensor], hidden: Sequence[torch.Tensor]
-) -> list[torch.Tensor]:
+def _together(module: Any, layer: _Layer, blocks: Sequence[torch.Tensor], hidden: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     bases = [block.data_ptr() for block in blocks]
 
     def addresses(matrix: _Matrix) -> list[int]:
@@ -119,9 +117,7 @@ def _together(
         inner = [_gated(module, layer, block, part) for block, part in zip(blocks, given.split(h), strict=True)]
         y = product(out.layout, addresses(out), as_inputs(inner, out.layout))
     y = y.to(hidden[0].dtype) if not module.has_bias else y
-    return [
-        _finished(module, layer, block, part, hidden[0].dtype) for block, part in zip(blocks, given.split(y), strict=True)
-    ]
+    return [_finished(module, layer, block, part, hidden[0].dtype) for block, part in zip(blocks, given.split(y), strict=True)]
 
 
 def _gated(module: Any, layer: _Layer, block: torch.Tensor, h: torch.Tensor) -> torch.Tensor:

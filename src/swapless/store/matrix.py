@@ -1,13 +1,13 @@
 """How a quantised matrix lies in memory: the order in which the kernel walks it, page after page, without a jump.
 
-Rows of the output stand side by side in blocks of 32, one row a vector lane of four bytes, so that four input bytes serve 32 rows
-and nothing is ever summed across lanes. A matrix is one run of bytes of up to three planes, each at a multiple of 64::
+Rows of the output stand side by side in blocks of 32, one row a vector lane of four bytes, so that four input bytes serve 32
+rows and nothing is ever summed across lanes. A matrix is one run of bytes of up to three planes, each at a multiple of 64::
 
     bits  values                                  scales                        zeros
     8     int8  [row blocks, columns / 4, 32, 4]  float32  [row blocks, 32]     -
     4     uint8 [row blocks, columns / 8, 32, 4]  bfloat16 [row blocks, G, 32]  uint8 [row blocks, G, 16]
 
-The last axis of the values counts columns: in 4 bits, the low half of byte j holds column 8c + j, the high half column 8c + 4 + j.
+The last axis of the values counts columns: in 4 bits, byte j holds 8c + j in its low half and 8c + 4 + j in its high half.
 G counts groups of columns, and a byte of zeros holds that of row r in its low half and that of row r + 16 in its high half. A
 weight is ``scale * (value - zero)``, without zero in 8 bits. Rows and columns are padded with weights of zero to whole blocks
 and whole groups.

@@ -175,7 +175,9 @@ class Packing:
 
     def _journal(self) -> None:
         try:
-            write_json(self.folder / JOURNAL, {"format_version": FORMAT_VERSION, "options": dict(self.options), "done": self.done})
+            write_json(
+                self.folder / JOURNAL, {"format_version": FORMAT_VERSION, "options": dict(self.options), "done": self.done}
+            )
         except OSError as error:
             raise write_error(error, self.folder / JOURNAL, 0) from error
 

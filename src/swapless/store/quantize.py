@@ -142,7 +142,7 @@ def _quantize_4(first, end, bits, shift, rows, columns, out, scales, zeros, grou
                 scales[block, g, lane] = np.uint16(step_bits[0] >> np.uint32(16))
                 zeros[block, g, lane % half] |= np.uint8(np.int32(zero) << (4 * (lane // half)))
         for word in range(eights.shape[1]):
-            for lane in range(ROW_BLOCK):  # of eight bytes of four bits each, the last four go into the first four's upper halves
+            for lane in range(ROW_BLOCK):  # the last four of eight bytes become the upper halves of the first four
                 packed = eights[lane, word]
                 out[block, word, lane] = np.uint32(packed & np.uint64(0xFFFFFFFF)) | np.uint32(packed >> np.uint64(28))
     return finite
