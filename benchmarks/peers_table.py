@@ -38,6 +38,7 @@ def summarise(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _floor_share(runs: list[dict[str, Any]], name: str, answers: list[dict[str, Any]]) -> float | None:
     """Median of floor over measured time a token; the floor is the larger of compute and bytes over probed bandwidth."""
+    name = name.removesuffix(", reading ahead")
     resident = [run["answer"] for run in runs if run["name"] == name and run["phase"] == "resident" and run["answer"]]
     compute_s = statistics.median(1 / answer["tokens_per_s"] for answer in resident) if resident else 0.0
     shares = []
@@ -55,10 +56,11 @@ def _below_budget(runs: list[dict[str, Any]]) -> bool:
 
 
 def ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Swapless int4 over the peers, phase by phase, beside what was asked for."""
+    """Swapless int4 over the peers, phase by phase, beside what was asked for; reading ahead is counted apart."""
 
-    def best(phase: str, start: str) -> float | None:
+    def best(phase: str, start: str, ahead: bool = False) -> float | None:
         of_kind = [row for row in rows if row["phase"] == phase and row["name"].startswith(start) and "tokens_per_s" in row]
+        of_kind = [row for row in of_kind if ahead == row["name"].endswith("reading ahead")]
         return max((row["tokens_per_s"]["median"] for row in of_kind), default=None)
 
     asked = (
@@ -70,8 +72,9 @@ def ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     found = []
     for phase, peer, bar, goal in asked:
         ours, theirs = best(phase, "swapless int4"), best(phase, peer)
-        got = ours / theirs if ours and theirs else None
-        found.append({"phase": phase, "peer": peer, "ratio": got, "bar": bar, "goal": goal})
+        ahead = best(phase, "swapless int4", ahead=True)
+        got, got_ahead = (one / theirs if one and theirs else None for one in (ours, ahead))
+        found.append({"phase": phase, "peer": peer, "ratio": got, "ratio_ahead": got_ahead, "bar": bar, "goal": goal})
     return found
 
 
@@ -96,4 +99,6 @@ def show(rows: list[dict[str, Any]], found: list[dict[str, Any]], sizes: dict[st
     CONSOLE.print(table)
     for one in found:
         ratio = "not measured" if one["ratio"] is None else f"{one['ratio']:.2f}x"
-        CONSOLE.print(f"swapless int4 over {one['peer']}, {one['phase']}: {ratio} (asked {one['bar']}x, goal {one['goal']}x)")
+        ahead = "" if one["ratio_ahead"] is None else f", reading ahead {one['ratio_ahead']:.2f}x"
+        asked = f"(asked {one['bar']}x, goal {one['goal']}x)"
+        CONSOLE.print(f"swapless int4 over {one['peer']}, {one['phase']}: {ratio}{ahead} {asked}")
