@@ -5,9 +5,10 @@
     python -m benchmarks.oracle --corpus domains.parquet --queue --only theme-gate,switch
 
 Several processes with `--queue` share the work; on few cores one thread each is best. Stages: `tune` trains `dense` and
-`switch` a quarter as long at three learning rates; `twins` trains every router at the best rate of `switch` (`dense` at its
-own); `seeds` repeats `dense`, `switch` and the winner. Each run leaves `result.json` and bf16 weights in its folder, and a copy
-of the result in `benchmarks/results/oracle/`; the table is built from those.
+`switch` at three learning rates, at full length (what is best after a quarter is not best at the end); `twins` trains every
+router at the best rate of `switch` (`dense` at its own); `seeds` repeats `dense`, `switch` and the winner. Each run leaves
+`result.json` and bf16 weights in its folder, and a copy of the result in `benchmarks/results/oracle/`; the table is built from
+those.
 """
 
 from __future__ import annotations
@@ -15,11 +16,12 @@ from __future__ import annotations
 import argparse
 import fcntl
 import json
+import shutil
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,18 +42,21 @@ from swapless.oracle.train import train
 RATES = (0.01, 0.02, 0.04)
 BUDGET = 0.06
 """Experts changed a token that a gate may spend in training; the bar is 0.1 on held-out text."""
+TOKEN_GATE = 0.2
+"""A gate that looks at tokens learns as fast as embeddings do; one that begins as the oracle keeps the recipe's slower rate."""
 ROUTERS: dict[str, dict[str, Any]] = {
     "dense": {},
-    "switch": {},
+    "switch": {"gate_lr_share": TOKEN_GATE},
     "theme-gate": {"changes": {"change_budget": BUDGET}},
-    "oracle": {},
+    "oracle": {"changes": {"change_budget": BUDGET}},
     "prefix-mean": {},
     "hash-document": {},
     "theme-gate-slow": {"router": "theme-gate", "changes": {"memory_tokens": 0.0, "change_budget": BUDGET}},
     "switch-budget": {"router": "switch", "changes": {"change_budget": BUDGET}},
-    "sticky": {},
+    "sticky": {"gate_lr_share": TOKEN_GATE},
     "soft-theme": {},
     "attention-output": {},
+    "oracle-plain": {"router": "oracle"},
     "oracle-paper": {},
     "oracle-switch-warmup": {"router": "oracle", "warmup": "switch"},
 }
@@ -81,6 +86,17 @@ class Queue:
         losses = {rate: result["figures"]["held_out_loss"] for rate, result in found.items() if result is not None}
         return min(losses, key=lambda rate: losses[rate]) if len(losses) == len(RATES) else None
 
+    def take_over(self, name: str, recipe: Recipe) -> dict[str, Any] | None:
+        """The result of a finished run of the same recipe, copied to ``name`` with its folder; None if there is none."""
+        wanted = json.loads(json.dumps(asdict(recipe)))
+        for file in sorted(self.out.glob("*/result.json")):
+            result = json.loads(file.read_text(encoding="utf-8"))
+            if result["recipe"] == wanted:
+                shutil.copytree(file.parent, self.out / name)
+                write_json(self.out / name / "result.json", result | {"name": name})
+                return self.result(name)
+        return None
+
     def winner(self) -> str | None:
         """The router of lowest loss among those that change few experts and still follow a text; None if there is none."""
         fit: dict[str, float] = {}
@@ -97,10 +113,9 @@ class Queue:
 
     def runs(self) -> Iterator[tuple[str, Recipe | None]]:
         """Names and recipes in order; a recipe is None while it still depends on a run that is not done."""
-        quarter = {"steps": self.base.steps // 4, "warmup_steps": max(1, self.base.warmup_steps // 4)}
-        for router in ("dense", "switch"):
-            for rate in RATES:
-                yield f"tune-{router}-{rate:g}", self.recipe(router, peak_lr=rate, **quarter)
+        for rate in RATES:
+            for router in ("dense", "switch"):
+                yield f"tune-{router}-{rate:g}", self.recipe(router, peak_lr=rate)
         for name in ROUTERS:
             rate = self.best_rate("dense" if name == "dense" else "switch")
             yield name, None if rate is None else self.recipe(name, peak_lr=rate)
@@ -190,8 +205,10 @@ def _run(queue: Queue, chosen: Any, corpus: Path, *, store: bool) -> None:
 
             run = queue.out / name
             try:
-                train(recipe, held_in, tokenizer, run, warmups=queue.out / "warmups", report=report)
-                result = measure_run(run, data, name=name, report=report)
+                result = queue.take_over(name, recipe)
+                if result is None:
+                    train(recipe, held_in, tokenizer, run, warmups=queue.out / "warmups", report=report)
+                    result = measure_run(run, data, name=name, report=report)
             except SwaplessError as error:  # the runs after it are worth having all the same
                 print(f"\r{name}: failed: {error}", file=sys.stderr)
                 failed.add(name)

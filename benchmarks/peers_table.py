@@ -43,8 +43,8 @@ def _floor_share(runs: list[dict[str, Any]], name: str, answers: list[dict[str, 
     compute_s = statistics.median(1 / answer["tokens_per_s"] for answer in resident) if resident else 0.0
     shares = []
     for answer in answers:
-        bandwidth = max(answer["probe"]["bytes_per_s"].values())
-        read_s = answer["stats"]["decode_bytes_read"] / answer["tokens"] / bandwidth
+        probed = answer["probed_bytes_per_s"]  # none where everything is resident
+        read_s = answer["stats"]["decode_bytes_read"] / answer["tokens"] / statistics.fmean(probed) if probed else 0.0
         shares.append(max(compute_s, read_s) * answer["tokens_per_s"])
     return statistics.median(shares)
 

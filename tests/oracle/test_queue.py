@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 from benchmarks.oracle import RATES, ROUTERS, Queue
@@ -19,8 +20,8 @@ def finish(out: Path, name: str, loss: float, changes: float = 5.0, experts: flo
 def test_a_queue_goes_from_rates_to_twins_to_seeds(tmp_path):
     queue = Queue(tmp_path, Recipe(steps=400, warmup_steps=40), seeds=2)
     runs = dict(queue.runs())
-    assert list(runs)[:6] == [f"tune-{router}-{rate:g}" for router in ("dense", "switch") for rate in RATES]
-    assert runs["tune-switch-0.02"].steps == 100 and runs["theme-gate"] is None and runs["winner-seed1"] is None
+    assert list(runs)[:6] == [f"tune-{router}-{rate:g}" for rate in RATES for router in ("dense", "switch")]
+    assert runs["tune-switch-0.02"].steps == 400 and runs["theme-gate"] is None and runs["winner-seed1"] is None
     for router, best in (("dense", RATES[2]), ("switch", RATES[0])):
         for rate in RATES:
             finish(tmp_path, f"tune-{router}-{rate:g}", 3.0 if rate == best else 3.5)
@@ -46,3 +47,14 @@ def test_every_recipe_of_the_queue_makes_a_model():
     for name in ROUTERS:
         recipe = queue.recipe(name)
         assert recipe.config().router == recipe.router and recipe.warmup_config().router in ("dense", "switch")
+
+
+def test_a_tuned_run_is_not_trained_twice(tmp_path):
+    queue = Queue(tmp_path, Recipe(steps=400, warmup_steps=40), seeds=1)
+    recipe = queue.recipe("dense", peak_lr=RATES[1])
+    finish(tmp_path, "tune-dense-0.02", 3.0)
+    file = tmp_path / "tune-dense-0.02" / "result.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"name": "tune-dense-0.02", "recipe": asdict(recipe)}))
+    assert queue.take_over("switch", queue.recipe("switch", peak_lr=RATES[1])) is None
+    taken = queue.take_over("dense", recipe)
+    assert taken["name"] == "dense" and taken["figures"]["held_out_loss"] == 3.0

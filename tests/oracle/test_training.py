@@ -86,11 +86,13 @@ def test_the_fork_from_a_dense_warm_up_loses_nothing(trainer, router):
 
 def test_steps_of_muon_are_orthogonal_and_of_adamw_the_rest():
     model = build("switch")
-    hidden, others, vectors = split_parameters(model)
-    assert len(hidden) + len(others) + len(vectors) == len(list(model.parameters()))
+    split = split_parameters(model)
+    assert sum(map(len, split)) == len(list(model.parameters()))
     names = {id(p): name for name, p in model.named_parameters()}
-    assert all("proj" in names[id(p)] for p in hidden) and any(p.ndim == 3 for p in hidden)
-    assert any(names[id(p)].endswith("up_proj_bias") for p in vectors) and all("proj" not in names[id(p)] for p in others)
+    hidden, tables, gates, vectors = ([names[id(p)] for p in part] for part in split)
+    assert all("proj" in name for name in hidden) and any(p.ndim == 3 for p in split.hidden)
+    assert any(name.endswith("up_proj_bias") for name in vectors) and all("embed" in name for name in tables)
+    assert {name.rpartition(".")[2] for name in gates} == {"weight", "bias"}
     stack = torch.randn(3, 24, 40, generator=torch.Generator().manual_seed(0))
     values = torch.linalg.svdvals(orthogonalised(stack))
     assert float(values.min()) > 0.5 and float(values.max()) < 1.3

@@ -79,7 +79,7 @@ def test_output_does_not_depend_on_what_is_resident(
 @pytest.mark.parametrize("bits", [8, 4])
 def test_prefill_and_decode_agree(bits: int, stores: dict[int, Path], load: Any) -> None:
     ids = torch.randint(3, SHAPE.vocabulary, (1, 60), generator=torch.Generator().manual_seed(6))
-    model = load(stores[bits])  # 60 tokens, 2 of 8 experts: some experts are expanded, in decode none is
+    model = load(stores[bits])  # 60 tokens, 2 of 8 experts: some experts get many at once, in decode none does
     whole = logits(model, ids).float()
     steps = decoded(model, ids)
     close = ((whole - steps).abs().amax(dim=1) / whole.std()) < AGREE

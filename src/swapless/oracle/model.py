@@ -172,6 +172,7 @@ class OracleMoePreTrainedModel(PreTrainedModel):
             if hasattr(module, "weight"):
                 init.normal_(module.weight, std=std)
                 init.zeros_(module.bias)
+            if hasattr(module, "load"):
                 init.constant_(module.load, 1 / module.num_experts)
                 init.zeros_(module.stay)
             if hasattr(module, "tau"):

@@ -6,12 +6,12 @@ At a few million tokens it is worth more than any other choice in the recipe: do
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Muon", "orthogonalised", "split_parameters"]
+__all__ = ["Muon", "Split", "orthogonalised", "split_parameters"]
 
 _QUINTIC = (3.4445, -4.7750, 2.0315)
 _ROUNDS = 5
@@ -70,14 +70,26 @@ class Muon(torch.optim.Optimizer):
                 parameter.add_(update, alpha=-group["lr"] * max(1.0, rows / columns) ** 0.5)
 
 
-def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter], list[nn.Parameter]]:
-    """Hidden matrices (Muon's), other matrices (embeddings, output head, gates), and vectors with stacks of them (biases)."""
-    hidden, others, vectors = [], [], []
+class Split(NamedTuple):
+    """Parameters by how they are trained: ``hidden`` matrices (Muon's), ``tables`` (embeddings, output head), ``gates`` of
+    routers, and ``vectors`` with stacks of them (norms, biases)."""
+
+    hidden: list[nn.Parameter]
+    tables: list[nn.Parameter]
+    gates: list[nn.Parameter]
+    vectors: list[nn.Parameter]
+
+
+def split_parameters(model: nn.Module) -> Split:
+    """Every parameter of a model in its part."""
+    split = Split([], [], [], [])
     for name, parameter in model.named_parameters():
-        if parameter.ndim < 2 or name.endswith("_bias"):
-            vectors.append(parameter)
-        elif any(part in name for part in ("embed_", "lm_head", ".router.")):
-            others.append(parameter)
+        if ".router." in name:
+            split.gates.append(parameter)
+        elif parameter.ndim < 2 or name.endswith("_bias"):
+            split.vectors.append(parameter)
+        elif "embed_" in name or "lm_head" in name:
+            split.tables.append(parameter)
         else:
-            hidden.append(parameter)
-    return hidden, others, vectors
+            split.hidden.append(parameter)
+    return split

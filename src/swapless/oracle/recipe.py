@@ -48,8 +48,8 @@ class Recipe:
         Shape of a batch, over all processes.
     joined_share : float
         Share of the rows that are made of three texts of different domains.
-    peak_lr, adamw_lr_share : float
-        Peak of Muon's rate (hidden matrices), and AdamW's share of it (embeddings, gates, vectors).
+    peak_lr, adamw_lr_share, gate_lr_share : float
+        Peak of Muon's rate (hidden matrices), and AdamW's share of it, for embeddings and vectors, and for gates.
     rising_steps : int
         Over which the learning rate rises; then it falls to ``final_lr_share`` of its peak along a cosine.
     fit_batches : int
@@ -71,13 +71,14 @@ class Recipe:
     seed: int = 0
     steps: int = 1200
     warmup: str = "dense"
-    warmup_steps: int = 60
+    warmup_steps: int = 300
     rows: int = 4
     window_tokens: int = 512
     joined_share: float = 0.25
     domain_power: float = 0.5
     peak_lr: float = 0.02
     adamw_lr_share: float = 0.2
+    gate_lr_share: float = 0.02
     final_lr_share: float = 0.05
     rising_steps: int = 100
     weight_decay: float = 0.1
@@ -124,7 +125,8 @@ class Recipe:
     @property
     def warmup_key(self) -> str:
         """Runs of the same key have the same warm-up, bit for bit, and may share it."""
-        after = ("router", "fit_batches", "expert_map", *(("balance",) if self._warmup_router == "dense" else ()))
+        gate = ("balance", "gate_lr_share") if self._warmup_router == "dense" else ()
+        after = ("router", "fit_batches", "expert_map", *gate)
         same = {name: value for name, value in asdict(self).items() if name not in after}
         same |= {"warmup": self._warmup_router, "changes": self._warmup_changes}
         return hashlib.sha256(json.dumps(same, sort_keys=True).encode()).hexdigest()[:12]

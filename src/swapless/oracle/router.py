@@ -19,6 +19,10 @@ from swapless.oracle.theme import View, recent_mean, theme_of
 __all__ = ["OracleMoeRouter", "Routing"]
 
 
+_BALANCE_STEP = 0.01
+"""How much of a region's mean squared radius its bias moves a step, at twice its share of the load."""
+
+
 class Routing(NamedTuple):
     """``scores`` (T, E) before the choice, ``weights`` (T, K) and ``ids`` (T, K) of the chosen experts; T runs over B x N."""
 
@@ -44,7 +48,7 @@ class OracleMoeRouter(nn.Module):
     stay : Tensor
         Bonus that the experts of the token before have, found in training so that the change budget is kept; else 0.
     load : Tensor
-        Running share of each expert in training, for the balance term.
+        Running share of each expert in training, for balance.
     """
 
     tau: Tensor
@@ -63,10 +67,11 @@ class OracleMoeRouter(nn.Module):
             width = config.hidden_size * (2 if self.remembers else 1)
             self.weight = nn.Parameter(torch.zeros(config.num_experts, width))
             self.bias = nn.Parameter(torch.zeros(config.num_experts))
-            self.register_buffer("load", torch.full((config.num_experts,), 1 / config.num_experts))
-            self.register_buffer("stay", torch.zeros(()))
         elif choice == "centroids":
             self.space = OracleSpace(config.hidden_size, config.space_rank, config.num_experts)
+        if choice != "hash":
+            self.register_buffer("load", torch.full((config.num_experts,), 1 / config.num_experts))
+            self.register_buffer("stay", torch.zeros(()))
         if config.kind.theme == "group":
             self.register_buffer("tau", torch.tensor(torch.nan))
 
@@ -154,16 +159,23 @@ class OracleMoeRouter(nn.Module):
 
     @torch.no_grad()
     def observe(self, ids_TK: Tensor, restart_T: Tensor) -> None:
-        """After a training step: follow the load, and move ``stay`` towards the change budget. Changes the buffers."""
+        """After a training step: follow the load, and move ``stay`` towards the change budget. Changes the buffers.
+
+        Regions of a space also grow or shrink a little, so that no expert is left out as the model moves on from its fit.
+        """
         if not hasattr(self, "stay"):
             return
         real = restart_T >= 0
         counts = torch.bincount(ids_TK[real].flatten(), minlength=self.num_experts)
         self.load.lerp_((counts / counts.sum().clamp(min=1)).to(self.load), 0.05)
+        unit = 1.0
+        if hasattr(self, "space"):
+            unit = float(self.space.spread)
+            self.space.bias.add_((self.num_experts * self.load - 1).clamp(-1, 1), alpha=_BALANCE_STEP * unit)
         if self.config.change_budget is not None:
             spent = float(changes(ids_TK, restart_T))
             budget = self.config.change_budget
-            self.stay.add_(min(0.05, max(-0.05, 0.05 * (spent - budget) / budget))).clamp_(min=0)
+            self.stay.add_(unit * min(0.05, max(-0.05, 0.05 * (spent - budget) / budget))).clamp_(min=0)
 
 
 def changes(ids_TK: Tensor, restart_T: Tensor) -> Tensor:

@@ -33,6 +33,8 @@ class FittedSpace(NamedTuple):
 class OracleSpace(nn.Module):
     """Nearest-centroid choice in the fitted space (equation 1 of the paper); buffers alone, nothing to train.
 
+    ``spread`` is the squared mean radius of a region at the fit, the unit of its scores.
+
     Parameters
     ----------
     hidden_size, rank, num_experts : int
@@ -43,6 +45,7 @@ class OracleSpace(nn.Module):
     offset: Tensor
     centroids: Tensor
     bias: Tensor
+    spread: Tensor
 
     def __init__(self, hidden_size: int, rank: int, num_experts: int) -> None:
         super().__init__()
@@ -50,6 +53,7 @@ class OracleSpace(nn.Module):
         self.register_buffer("offset", torch.full((rank,), torch.nan))
         self.register_buffer("centroids", torch.full((num_experts, rank), torch.nan))
         self.register_buffer("bias", torch.full((num_experts,), torch.nan))
+        self.register_buffer("spread", torch.tensor(torch.nan))
 
     @property
     def fitted(self) -> bool:
@@ -60,6 +64,7 @@ class OracleSpace(nn.Module):
         """Take over a fit."""
         for name in ("projection", "offset", "centroids", "bias"):
             getattr(self, name).copy_(torch.from_numpy(getattr(fitted, name)))
+        self.spread.fill_(fitted.distance**2)
 
     def scores(self, theme_BND: Tensor) -> Tensor:
         """Minus the squared distance to each centroid, less its bias: float32 (B, N, E), the highest is the expert."""

@@ -82,10 +82,14 @@ class Trainer:
         register_sorted_experts()
         if model.config.moe_blocks:
             model.set_experts_implementation(SORTED)
-        hidden, others, vectors = split_parameters(model)
-        decay = self.recipe.weight_decay
-        muon = Muon(hidden, lr=self.recipe.peak_lr, weight_decay=decay)
-        groups = [{"params": others, "weight_decay": decay}, {"params": vectors, "weight_decay": 0.0}]
+        recipe, split = self.recipe, split_parameters(model)
+        decay, share = recipe.weight_decay, recipe.adamw_lr_share
+        muon = Muon([{"params": split.hidden, "share": 1.0}], lr=recipe.peak_lr, weight_decay=decay)
+        groups = [
+            {"params": split.tables, "weight_decay": decay, "share": share},
+            {"params": split.gates, "weight_decay": 0.0, "share": recipe.gate_lr_share},
+            {"params": split.vectors, "weight_decay": 0.0, "share": share},
+        ]
         adamw = torch.optim.AdamW(groups, lr=self.recipe.peak_lr, betas=(0.9, 0.95), fused=True)
         self._wrapped, *self._optimisers = self._accelerator.prepare(model, muon, adamw)
 
@@ -158,9 +162,9 @@ class Trainer:
         mine = drawn[accelerator.process_index :: accelerator.num_processes]
         ids_BT = torch.from_numpy(mine).to(accelerator.device)
         rate = recipe.learning_rate(self.step_count)
-        for optimiser, share in zip(self._optimisers, (1.0, recipe.adamw_lr_share), strict=True):
+        for optimiser in self._optimisers:
             for group in optimiser.param_groups:
-                group["lr"] = share * rate
+                group["lr"] = group["share"] * rate
         self._wrapped.train()
         out = self._wrapped(ids_BT[:, :-1], shift_labels=ids_BT[:, 1:], use_cache=False)
         loss = out.loss

@@ -1,7 +1,7 @@
 """Perplexity as decoding sees it: token after token, each with the state of those before it, never as one wide batch.
 
-A batch of many tokens touches each expert once and computes in other ways than a decode step (quantised experts are expanded,
-for one), so it cannot say what fewer bits or a lossy lever cost a person who waits for the next token.
+A batch of many tokens touches each expert once and adds up in another order than a decode step (torch's own products do), so it
+cannot say what fewer bits or a lossy lever cost a person who waits for the next token.
 """
 
 from __future__ import annotations
