@@ -154,8 +154,6 @@ def one_block(bits: int, count: int, way: str) -> Callable[..., None]:
     return run  # type: ignore[no-any-return]
 
 
-<<<<<<< HEAD
-=======
 @pytest.mark.parametrize("bits", [8, 4])
 def test_without_a_matrix_unit_the_bits_are_the_same(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     gate, up, down = matrix(100, 300, bits, seed=1), matrix(100, 300, bits, seed=2), matrix(70, 100, bits, seed=3)
@@ -169,7 +167,6 @@ def test_without_a_matrix_unit_the_bits_are_the_same(bits: int, monkeypatch: pyt
     assert torch.equal(run(), expected)
 
 
->>>>>>> fk
 def test_the_best_way_of_multiplying_bytes_is_taken() -> None:
     assert byte_product_of("+avx2,-avx512vnni,+avxvnni") == "avxvnni"
     assert byte_product_of("+avx512vnni,+avx2") == "avx512vnni"
@@ -178,16 +175,10 @@ def test_the_best_way_of_multiplying_bytes_is_taken() -> None:
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-<<<<<<< HEAD
-def test_a_token_depends_on_nothing_but_itself(bits: int) -> None:
-    matrices = [matrix(70, 50, bits, seed=seed) for seed in range(2)]
-    x = tokens(7, 50)
-=======
 @pytest.mark.parametrize("count", [7, 21])  # few, and so many that a matrix unit takes them where there is one
 def test_a_token_depends_on_nothing_but_itself(bits: int, count: int) -> None:
     matrices = [matrix(70, 300, bits, seed=seed) for seed in range(2)]
     x = tokens(count, 300)
->>>>>>> fk
     how = matrices[0].layout
     alone = torch.cat([product(how, [matrices[1].address], as_inputs([row[None]], how)) for row in x])
     together = as_inputs([x[:2], x], how)
