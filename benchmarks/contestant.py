@@ -21,6 +21,9 @@ from typing import Any
 
 import numpy as np
 
+PROBE_S = 0.6
+"""Seconds of reading that each look at the disk takes, right before and after the timed tokens of Swapless."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
@@ -29,8 +32,8 @@ class Task:
     ``engine`` is ``plain`` (transformers with ``implementation``), ``accelerate`` (the same with experts left on disk) or
     ``swapless`` (with ``memory_bytes`` or ``resident``, and ``prefetch``). ``warm_up`` tokens are decoded before the clock
     starts. ``rehearsals`` is how often the whole sequence runs before the timed pass, for warm runs. ``aligned`` gives plain
-    transformers 64-byte-aligned copies of its weights: the reference for bit identity. ``time_limit_s`` ends the decoding
-    early.
+    transformers 64-byte-aligned copies of its weights: the reference for bit identity. ``time_limit_s`` ends warm-up and
+    decoding early, each.
     """
 
     engine: str
@@ -59,8 +62,10 @@ class Pass:
     """One run over the sequence."""
 
     prefill_s: float = 0.0
+    warm_up_tokens: int = 0
     token_s: list[float] = field(default_factory=list)
     logits: list[np.ndarray] = field(default_factory=list)
+    probed_bytes_per_s: list[float] = field(default_factory=list)
 
 
 def _load(task: Task) -> Any:
@@ -96,6 +101,24 @@ def _experts_on_disk(folder: str) -> dict[str, str]:
     return {name: "disk" if name.endswith(".experts") else "cpu" for name in leaves if ".experts." not in name}
 
 
+def _bandwidth(model: Any, folder: str) -> float:
+    """Bytes a second of direct reads as large as the engine's, at random places and at the best depth, now."""
+    from swapless.store.checkpoint import Extent
+    from swapless.store.probe import probe
+    from swapless.store.read import FileReader
+
+    block_bytes = model.swapless.probe.block_bytes
+    files = [file for file in sorted(Path(folder).glob("*.safetensors")) if file.stat().st_size > block_bytes]
+    rng = np.random.default_rng()
+    shards = [files[index] for index in rng.integers(0, len(files), 256)]
+    extents = [Extent(file, int(rng.integers(0, file.stat().st_size - block_bytes)), block_bytes) for file in shards]
+    reader = FileReader(files)
+    try:
+        return max(probe(reader, extents, budget_s=PROBE_S).bytes_per_s.values())
+    finally:
+        reader.close()
+
+
 def _run(model: Any, task: Task, *, timed: bool) -> Pass:
     import torch
 
@@ -105,8 +128,15 @@ def _run(model: Any, task: Task, *, timed: bool) -> Pass:
         output = model(input_ids=torch.tensor([task.prompt]), use_cache=True, logits_to_keep=1)
         done.prefill_s = time.perf_counter() - started
         cache = output.past_key_values
+        clock = time.perf_counter()
         for token in task.warm_up:
             model(input_ids=torch.tensor([[token]]), past_key_values=cache, use_cache=True)
+            done.warm_up_tokens += 1
+            if task.time_limit_s is not None and time.perf_counter() - clock > task.time_limit_s:
+                break
+        probed = timed and task.engine == "swapless" and task.resident is None
+        if probed:
+            done.probed_bytes_per_s.append(_bandwidth(model, task.folder))
         if timed and task.engine == "swapless":
             model.swapless.reset_stats()
         clock = time.perf_counter()
@@ -118,6 +148,8 @@ def _run(model: Any, task: Task, *, timed: bool) -> Pass:
             done.logits.append(output.logits[0, -1].float().numpy().copy())
             if task.time_limit_s is not None and time.perf_counter() - clock > task.time_limit_s:
                 break
+        if probed:
+            done.probed_bytes_per_s.append(_bandwidth(model, task.folder))
     return done
 
 
@@ -140,6 +172,7 @@ def perform(task: Task) -> dict[str, Any]:
     result = {
         "load_s": load_s,
         "prefill_s": done.prefill_s,
+        "warm_up_tokens": done.warm_up_tokens,
         "token_s": done.token_s,
         "tokens": len(done.token_s),
         "tokens_per_s": len(done.token_s) / sum(done.token_s),
@@ -148,6 +181,7 @@ def perform(task: Task) -> dict[str, Any]:
     }
     if task.engine == "swapless":
         engine = model.swapless
+        result["probed_bytes_per_s"] = done.probed_bytes_per_s
         result |= {"stats": engine.stats().to_dict(), "budget": engine.budget.to_dict(), "probe": engine.probe.to_dict()}
         engine.close()
     return result

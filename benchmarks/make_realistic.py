@@ -13,12 +13,13 @@ A model of random weights routes unlike any real one, so the weights are made th
    requests. All routers together are one matrix ``W`` [L * E, D] of orthonormal rows (columns, where L * E > D), and
    the embedding of a token is ``W' wishes``: times ``W`` that gives the wishes back, exactly where L * E <= D, else the nearest
    that a linear router can do.
-3. *Residual branches* are small beside the embedding (``EMBEDDING_RMS``). How often routing in decode agrees with the wishes
-   is measured; where the model loses more than a tenth of what the routers alone reach, it is refused.
+3. *Residual branches* are small beside the embedding (``EMBEDDING_RMS``). How often the model's routing agrees with the wishes
+   is measured, in one forward call over the sequence (token by token is the same but for rounding, and takes an hour);
+   where the model loses more than a tenth of what the routers alone reach, it is refused.
 
 The tokens are the trace's own sequence. Printed and kept in ``manifest.json``, beside each other: load entropy, consecutive
 overlap and hit rate of LRU at E/4 of the trace as recorded, of its layers put together, of the most frequent experts, and of
-the model in decode. Experts' own weights are cut out of one pool of random numbers at changing places: no engine's speed
+the model. Experts' own weights are cut out of one pool of random numbers at changing places: no engine's speed
 depends on them. Written in the fused layout, a shard a layer, with little memory.
 """
 
@@ -34,7 +35,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from make_checkpoint import _normal, _write_index, consecutive_overlap, load_entropy, lru_hit_rate, route_in_decode
+from make_checkpoint import _normal, _write_index, consecutive_overlap, load_entropy, lru_hit_rate, route_in_prefill
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
@@ -55,6 +56,8 @@ FITTED_TOKENS = 40_000
 PROMPT_TOKENS = 16
 DECODE_TOKENS = 512
 POOL_SLACK = 1 << 20
+WEIGHTS = "weights.json"
+"""Says in the folder that the weights are written, and from what."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -255,9 +258,11 @@ def make(out: Path, trace: Path, *, shape: Shape, seed: int = 0, decode_tokens: 
     routers = matrix * (ROUTER_LOGIT_STD / (normed[:256] @ matrix.T).std())
 
     sequence = tokens[: PROMPT_TOKENS + decode_tokens]
-    write_checkpoint(shape, out / "fused", embedding, routers, seed)
+    if not (out / WEIGHTS).exists() or json.loads((out / WEIGHTS).read_text()) != wanted:
+        write_checkpoint(shape, out / "fused", embedding, routers, seed)
+        write_json(out / WEIGHTS, wanted)
     model = AutoModelForCausalLM.from_pretrained(out / "fused", dtype="auto", experts_implementation="eager").eval()
-    routed = route_in_decode(model, sequence, PROMPT_TOKENS)
+    routed = route_in_prefill(model, sequence)[PROMPT_TOKENS:]
     del model
     after = slice(PROMPT_TOKENS, PROMPT_TOKENS + decode_tokens)
     linear = top_experts((normed[sequence[after]] @ routers.T).numpy(), shape)
@@ -266,7 +271,7 @@ def make(out: Path, trace: Path, *, shape: Shape, seed: int = 0, decode_tokens: 
         "trace": figures(recorded[after], header.num_experts),
         "layers_together": figures(routing[after], shape.experts),
         "most_frequent_experts": figures(wished, shape.experts),
-        "model_in_decode": figures(routed, shape.experts),
+        "model": figures(routed, shape.experts),
         "router_agrees_with_most_frequent": round(agreement(linear, wished), 4),
         "model_agrees_with_most_frequent": round(agreement(routed, wished), 4),
         "model_agrees_with_trace": round(agreement(routed, routing[after]), 4),

@@ -3,11 +3,12 @@
     python benchmarks/pack.py                     # the checkpoint of benchmarks/offload.py, in 8 and in 4 bits
     python benchmarks/pack.py --checkpoint DIR --bits 4
 
-``swapless pack`` and then ``swapless verify`` run in a memory cgroup of their own (page cache counted) of ``--cap``, from cold
-files, kernels compiled before. A row gives what each took, its peak, and bytes read and written over its time, with the
-interpreter's start and without it (the start is what the imports of the verb take, torch and transformers for ``pack``). The
-bandwidth of reading is probed before every run, on the checkpoint's own experts. The packed store is removed afterwards
-unless ``--keep`` is given.
+``swapless pack`` and then ``swapless verify`` run in a memory cgroup of their own (page cache counted) of ``--cap``, from
+cold files, kernels compiled before. A row gives what each took, its peak, and bytes read and written over its time, with
+the interpreter's start and without it (the start is what the imports of the verb take, torch and transformers for
+``pack``). The bandwidth of reading is probed before every run, on the checkpoint's own experts, and that of writing on a
+scratch file beside the store; what counts is the share of both, as if nothing were done but to read and then to write so
+many bytes. The packed store is removed afterwards unless ``--keep`` is given.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from cgroup import CappedRun, run_capped
 from page_cache import evict, shards
 from results import document, emit, store
@@ -30,6 +32,7 @@ from swapless.runtime.open import open_checkpoint
 from swapless.runtime.parts import open_store, sample_extents
 from swapless.store.packed import read_manifest
 from swapless.store.probe import probe
+from swapless.store.write import FileWriter
 from swapless.units import format_size, parse_size
 
 SWAPLESS = [sys.executable, "-c", "from swapless.cli.main import main; main()"]
@@ -38,6 +41,9 @@ STARTS = {
     "verify": "import swapless.cli.main, swapless.store.packed",
 }
 """What a verb imports before it touches the checkpoint."""
+
+PIECE_BYTES, PIECES = 2 << 20, 192
+"""What the probe of writing writes."""
 
 
 def bandwidth(checkpoint: Path) -> float:
@@ -48,6 +54,21 @@ def bandwidth(checkpoint: Path) -> float:
         return probe(reads.reader, sample_extents(reads, opened.layout.moe_layers), budget_s=3.0).best_bytes_per_s
     finally:
         reads.close()
+
+
+def writing(folder: Path) -> float:
+    """Bytes a second of writing as ``pack`` does, until all is on disk."""
+    folder.mkdir(parents=True, exist_ok=True)
+    piece = np.random.default_rng(0).integers(0, 256, PIECE_BYTES, np.uint8)
+    file = folder / "probe"
+    began = time.perf_counter()
+    with FileWriter(file, PIECES * PIECE_BYTES) as writer:
+        for _ in range(PIECES):
+            writer.write(piece)
+        writer.commit()
+    seconds = time.perf_counter() - began
+    file.unlink()
+    return PIECES * PIECE_BYTES / seconds
 
 
 def start(verb: str) -> float:
@@ -73,9 +94,13 @@ def run(command: list[str], cap: int) -> CappedRun:
     return done
 
 
-def row(verb: str, bits: int, done: CappedRun, nbytes: int, probed: float, start_s: float) -> dict[str, Any]:
-    """What a run comes to, beside the probed bandwidth; also printed."""
+def row(
+    verb: str, bits: int, done: CappedRun, moved: dict[str, int], probes: dict[str, float], start_s: float
+) -> dict[str, Any]:
+    """What a run that read and wrote so many bytes comes to, beside the probed bandwidths; also printed."""
+    nbytes = sum(moved.values())
     rate = nbytes / max(1e-9, done.wall_s - start_s)
+    probed = nbytes / sum(size / probes[way] for way, size in moved.items())
     peak, anonymous = format_size(done.max_usage_bytes or 0), format_size(done.max_anon_bytes)
     whole = nbytes / done.wall_s
     print(
@@ -93,6 +118,8 @@ def row(verb: str, bits: int, done: CappedRun, nbytes: int, probed: float, start
         "peak_anonymous_bytes": done.max_anon_bytes,
         "bytes_per_s": whole,
         "bytes_per_s_without_start": rate,
+        "moved_bytes": moved,
+        "probes_bytes_per_s": probes,
         "probed_bytes_per_s": probed,
         "share_of_probed": whole / probed,
         "share_of_probed_without_start": rate / probed,
@@ -117,16 +144,16 @@ def main() -> int:
         compile_kernels(bits)
         start_s = {verb: start(verb) for verb in STARTS}
         evict(shards(options.checkpoint))
-        probed = bandwidth(options.checkpoint)
+        probes = {"read": bandwidth(options.checkpoint), "written": writing(options.out)}
         evict(shards(options.checkpoint))
         packed = run(["pack", str(options.checkpoint), "--bits", str(bits), "--out", str(folder), "--quiet"], options.cap)
         manifest = read_manifest(folder)
         written = sum(layer.num_experts * layer.block_bytes for layer in manifest.moe_layers)
         written += sum(int(entry["bytes"]) for entry in manifest.files.values())
-        rows.append(row("pack", bits, packed, read_bytes + written, probed, start_s["pack"]))
+        rows.append(row("pack", bits, packed, {"read": read_bytes, "written": written}, probes, start_s["pack"]))
         evict(shards(folder))
         verified = run(["verify", str(folder), "--json"], options.cap)
-        rows.append(row("verify", bits, verified, written, probed, start_s["verify"]))
+        rows.append(row("verify", bits, verified, {"read": written}, probes, start_s["verify"]))
         if not options.keep:
             shutil.rmtree(folder)
     config = {"bits": options.bits, "cap_bytes": options.cap, "checkpoint_bytes": read_bytes}

@@ -1,6 +1,7 @@
 """Does the plan foresee how fast the engine decodes, in each precision and at several budgets?
 
     python benchmarks/plan.py                # about 25 minutes; needs the checkpoint of benchmarks/make_checkpoint.py
+    python benchmarks/plan.py --for 240      # stop after so many seconds; the same command goes on
     python benchmarks/plan.py --quick        # one round of few tokens, nothing stored: only to see that it runs
 
 The checkpoint is packed in 8 and in 4 bits into a scratch folder, and a trace is recorded of tokens that are never timed. Then,
@@ -17,14 +18,15 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from kept import Kept
 from results import document, emit, store
 from timeline import CONTEXT, Disk, Run, arguments
 
@@ -78,15 +80,18 @@ def measured(folder: Path, memory: int, asked: argparse.Namespace) -> dict[str, 
     return json.loads(done.stdout)
 
 
-def record(folder: Path, asked: argparse.Namespace) -> Any:
-    """A trace of tokens that are never timed."""
-    given = json.loads((asked.checkpoint / "tokens.json").read_text())
-    run = Run(folder, asked.threads, TRACE_TOKENS + CONTEXT, resident=0.5)
-    run.prefill(given["decode"][-TRACE_TOKENS - 16 : -TRACE_TOKENS])
-    run.decode(given["decode"][-TRACE_TOKENS:])
-    trace = run.engine.trace()
-    run.engine.close()
-    return trace
+def record(folder: Path, out: Path, asked: argparse.Namespace) -> Any:
+    """A trace of tokens that are never timed, kept in ``out``."""
+    from swapless.trace import read_trace, write_trace
+
+    if not out.exists():
+        given = json.loads((asked.checkpoint / "tokens.json").read_text())
+        run = Run(folder, asked.threads, TRACE_TOKENS + CONTEXT, resident=0.5)
+        run.prefill(given["decode"][-TRACE_TOKENS - 16 : -TRACE_TOKENS])
+        run.decode(given["decode"][-TRACE_TOKENS:])
+        write_trace(out, run.engine.trace())
+        run.close()
+    return read_trace(out)
 
 
 class Planner:
@@ -99,7 +104,7 @@ class Planner:
 
         self._opened = open_checkpoint(folder)
         self._hits = TraceHits(trace, self._opened)
-        self.machine = machine(fresh=True, folder=scratch)
+        self.machine = machine(folder=scratch)
 
     def __call__(self, bits: int, memory: int) -> Any:
         """The set-up without reading ahead."""
@@ -179,7 +184,10 @@ def summarise(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def main() -> None:
     """Measure, print a table and one JSON document, store the result."""
     parser = arguments(__doc__.split("\n")[0], warm_up=16)
-    parser.add_argument("--scratch", type=Path, default=None, help="folder for the packed stores, 3 GB; removed at the end")
+    parser.add_argument(
+        "--scratch", type=Path, default=Path("out/plan"), help="packed stores, 3 GB, and what was measured so far"
+    )
+    parser.add_argument("--for", dest="stop_after", type=float, help="begin no further run after so many seconds")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--memory", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--tokens-file", type=Path, help=argparse.SUPPRESS)
@@ -197,32 +205,39 @@ def main() -> None:
     torch.set_num_threads(asked.threads)
     os.environ["OMP_NUM_THREADS"] = str(asked.threads)
     logging.disable_progress_bar()
-    folder = asked.checkpoint / asked.layout
-    with tempfile.TemporaryDirectory(prefix="plan-", dir=asked.scratch or asked.checkpoint.parent) as scratch:
-        folders = {16: folder} | {bits: Path(scratch) / f"{bits}" for bits in BITS[1:]}
-        for bits in BITS[1:]:
-            print(f"packing in {bits} bits", file=sys.stderr, flush=True)
-            pack(folder, folders[bits], bits=bits)
-        planner = Planner(folder, record(folder, asked), Path(scratch))
-        cases = [(bits, memory) for memory in BUDGETS for bits in BITS]
-        runs: list[dict[str, Any]] = []
-        for number in range(asked.rounds):
-            turn = 2 * number % len(cases)
-            for bits, memory in (*cases[turn:], *cases[:turn]):
-                run = one(planner, folders[bits], bits, memory, asked)
-                runs.append(run | {"round": number})
-                print(
-                    f"round {number + 1}: {bits} bits, {memory / 1e9:.1f} GB: expected {run['expected_tokens_per_s']:.2f} "
-                    f"({run['expected_with_own_probe']:.2f} with its own probe), measured {run['tokens_per_s']:.2f} tok/s",
-                    file=sys.stderr,
-                    flush=True,
-                )
+    folder, scratch = asked.checkpoint / asked.layout, asked.scratch
+    scratch.mkdir(parents=True, exist_ok=True)
+    kept = Kept(scratch / "runs.jsonl", asked.stop_after)
+    folders = {16: folder} | {bits: scratch / f"int{bits}" for bits in BITS[1:]}
+    for bits in BITS[1:]:
+        print(f"packing in {bits} bits, if it is not done", file=sys.stderr, flush=True)
+        pack(folder, folders[bits], bits=bits)
+    planner = Planner(folder, record(folder, scratch / "trace.parquet", asked), scratch)
+    cases = [(bits, memory) for memory in BUDGETS for bits in BITS]
+    for number in range(asked.rounds):
+        turn = 2 * number % len(cases)
+        done = {(run["bits"], run["memory_bytes"]) for run in kept.runs if run["round"] == number}
+        for bits, memory in (case for case in (*cases[turn:], *cases[:turn]) if case not in done):
+            if not kept.time_left():
+                print("the same command goes on from here", file=sys.stderr)
+                return
+            run = one(planner, folders[bits], bits, memory, asked)
+            kept.add(run | {"round": number})
+            print(
+                f"round {number + 1}: {bits} bits, {memory / 1e9:.1f} GB: expected {run['expected_tokens_per_s']:.2f} "
+                f"({run['expected_with_own_probe']:.2f} with its own probe), measured {run['tokens_per_s']:.2f} tok/s",
+                file=sys.stderr,
+                flush=True,
+            )
+    if any(run["commit"] != kept.commit for run in kept.runs):
+        raise SystemExit(f"the runs in {scratch} are of several commits: remove it and begin again")
     config = {name: value for name, value in vars(asked).items() if isinstance(value, (int, str))}
-    found = {"rows": summarise(runs), "runs": runs, "figures_of_machine": planner.machine.to_dict()}
+    found = {"rows": summarise(kept.runs), "runs": kept.runs, "figures_of_machine": planner.machine.to_dict()}
     result = document("plan", config=config, measured=found, data=folder)
     emit(result)
     if not asked.quick:
         store(result)
+    shutil.rmtree(scratch)
 
 
 if __name__ == "__main__":

@@ -86,8 +86,8 @@ def tensors(config: dict[str, Any], checkpoint: Checkpoint, kind: Any) -> list[t
     return found
 
 
-def write(folder: Path, out: Path, kind: Any) -> int:
-    """Write the file and return its bytes."""
+def write(folder: Path, out: Path, kind: Any) -> None:
+    """Write the file."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     checkpoint = Checkpoint(folder)
     writer = gguf.GGUFWriter(out, "qwen3moe")
@@ -121,20 +121,31 @@ def write(folder: Path, out: Path, kind: Any) -> int:
         parts = [bits] if rows is None else [expert[None, rows] for expert in bits]
         writer.write_tensor_data(np.concatenate([converted(part, of) for part in parts]))
     writer.close()
-    return out.stat().st_size
+
+
+def parts(file: Path) -> dict[str, int]:
+    """Bytes of experts, of the embedding, and of all else, the header with it."""
+    found = {"experts": 0, "embedding": 0}
+    for tensor in gguf.GGUFReader(file).tensors:
+        if "_exps" in tensor.name:
+            found["experts"] += int(tensor.n_bytes)
+        elif tensor.name.startswith("token_embd"):
+            found["embedding"] += int(tensor.n_bytes)
+    return found | {"others": file.stat().st_size - sum(found.values())}
 
 
 def main() -> int:
-    """Write the file of the command line and print its size."""
+    """Write the file of the command line, unless it is there, and print its bytes by part."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--type", choices=("Q4_0", "Q8_0"), default="Q4_0")
     options = parser.parse_args()
-    part = options.out.with_suffix(".part")
-    nbytes = write(options.checkpoint, part, KIND[options.type])
-    part.replace(options.out)
-    print(json.dumps({"bytes": nbytes}))
+    if not options.out.exists():
+        part = options.out.with_suffix(".part")
+        write(options.checkpoint, part, KIND[options.type])
+        part.replace(options.out)
+    print(json.dumps(parts(options.out)))
     return 0
 
 

@@ -231,12 +231,15 @@ class Engine:
             if prefetcher is not None and number == len(waves) - 1:
                 prefetcher.reads.pass_by(moe_layer)
                 prefetcher.look(moe_layer, hidden_TD)
-            compute(here)
+            if here:
+                compute(here)
             here = []
-            for _ in range(coming):
-                read = self._fetcher.arrival()
-                self._fetcher.settle(read, slot_of[read.expert])
-                compute([read.expert])
+            while coming:
+                landed = self._fetcher.arrivals()
+                for read in landed:
+                    self._fetcher.settle(read, slot_of[read.expert])
+                coming -= len(landed)
+                compute([read.expert for read in landed])
         for expert in sorted(outputs):
             tokens.add(out_TD, outputs[expert], expert)
         return out_TD

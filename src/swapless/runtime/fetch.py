@@ -98,20 +98,35 @@ class Fetcher:
             waited = time.perf_counter()
             read = self._loader.next()
             self.counts["stall_s"] += time.perf_counter() - waited
-            self._count(read)
-            if self.prefetcher is None or not self.prefetcher.reads.landed(read):
-                break
-        if read.error is not None:
-            if isinstance(read.error, ReadError):
-                raise read.error
-            raise ReadError(
-                message(
-                    "A read of expert weights failed.",
-                    where=f"MoE layer {read.moe_layer}, expert {read.expert}",
-                    got=repr(read.error),
-                )
-            ) from read.error
-        return read
+            if self._needed(read):
+                return read
+
+    def arrivals(self) -> list[Read]:
+        """Wait for the next finished read that is needed now, and take with it all that have finished too.
+
+        Raises
+        ------
+        ReadError
+            One failed.
+        """
+        return [self.arrival(), *filter(self._needed, self._loader.finished())]
+
+    def _needed(self, read: Read) -> bool:
+        """Take note of a finished read; whether somebody waits for it, or it was read ahead."""
+        self._count(read)
+        if self.prefetcher is not None and self.prefetcher.reads.landed(read):
+            return False
+        if read.error is None:
+            return True
+        if isinstance(read.error, ReadError):
+            raise read.error
+        raise ReadError(
+            message(
+                "A read of expert weights failed.",
+                where=f"MoE layer {read.moe_layer}, expert {read.expert}",
+                got=repr(read.error),
+            )
+        ) from read.error
 
     def settle(self, read: Read, slot: int) -> None:
         """Let the slot have what was read for it: a read that began ahead of time went to a block beside the cache."""
