@@ -43,6 +43,18 @@ def test_by_hand():
     assert speed(costs(), np.array([1.0, 0, 0])).token_s == pytest.approx(9)
 
 
+def test_what_has_landed_is_computed_in_one_call():
+    # One expert takes 2 s by itself, and each more in the same call 1 s: (2 + 1) / 2 = 1.5 s an expert where both are there.
+    given = costs(expert_s=1.5, lone_expert_s=2.0, top_k=2)
+    assert [given.together_s(experts) for experts in range(4)] == pytest.approx([0, 2, 3, 4])
+    # A read takes 2 s. A resident is computed till 2 s, when the one miss has just landed.
+    assert given.layer_s(1, 1) == pytest.approx(4)
+    # A read takes 0.5 s: three residents take 4 s, and both misses wait for the same call then.
+    assert costs(expert_s=1.5, lone_expert_s=2.0, bytes_per_s={1: 8.0}).layer_s(3, 2) == pytest.approx(7)
+    # Read by read where reading is slower than computing: 2 + 2 = 4 s for the last byte, and one call more.
+    assert given.layer_s(0, 2) == pytest.approx(6)
+
+
 def test_more_reads_in_flight_are_faster_only_where_there_are_so_many():
     deep = costs(bytes_per_s={1: 2.0, 2: 4.0})
     assert deep.reading_s(1) == 2.0 and deep.reading_s(2) == 1.0

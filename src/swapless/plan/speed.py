@@ -1,8 +1,8 @@
 """How long a token takes: compute and reads of each MoE layer laid side by side as the engine does it.
 
-A MoE layer's misses are read one after the other over one link while its residents are computed; each miss is computed as it
-lands. That is the timeline's rule (``cache/timeline``) for a layer by itself, so a share of layers with so many hits and so
-many misses says all, whether it was counted in a replay or follows from a hit rate.
+A MoE layer's misses are read one after the other over one link while its residents are computed; what has landed when the
+computation is free again is computed in one call. That is the timeline's rule (``cache/timeline``) for a layer by itself, so a
+share of layers with so many hits and so many misses says all, whether it was counted in a replay or follows from a hit rate.
 """
 
 from __future__ import annotations
@@ -57,11 +57,21 @@ class Costs:
         depth = max((depth for depth in self.bytes_per_s if depth <= flight), default=min(self.bytes_per_s))
         return self.read_bytes / self.bytes_per_s[depth]
 
+    def together_s(self, experts: int) -> float:
+        """Seconds of so many experts in one call: what is measured for one and for K, and a straight line between them."""
+        if experts < 2 or self.top_k < 2:
+            return experts * self.lone_expert_s
+        more_s = (self.top_k * self.expert_s - self.lone_expert_s) / (self.top_k - 1)
+        return self.lone_expert_s + (experts - 1) * more_s
+
     def layer_s(self, hits: int, misses: int) -> float:
         """Seconds of one MoE layer's experts, from the moment they are known."""
-        busy, read = hits * self.expert_s, self.reading_s(misses)
-        for number in range(1, misses + 1):
-            busy = max(busy, number * read) + self.landing_s + self.lone_expert_s
+        busy, read, done = self.together_s(hits), self.reading_s(misses), 0
+        while done < misses:
+            busy = max(busy, (done + 1) * read)
+            landed = min(misses, max(done + 1, int(busy / read))) if read else misses
+            busy += (landed - done) * self.landing_s + self.together_s(landed - done)
+            done = landed
         return busy
 
 
