@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from swapless.errors import WriteError
+from swapless.plan import products
 from swapless.plan.machine import Free, cache_folder, identity, machine, probe_disk, probe_files
 from tests.plan.conftest import made_machine
 
@@ -23,12 +24,27 @@ def test_identity_has_no_name_of_the_machine() -> None:
     assert os.uname().nodename not in json.dumps(identity()).split('"')
 
 
-@pytest.mark.parametrize("damage", ["not JSON", "[]", '{"format_version": 0}', '{"format_version": 1, "reads": [1]}'])
+@pytest.mark.parametrize(
+    "damage", ["not JSON", "[]", '{"format_version": 0}', '{"format_version": 1}', '{"format_version": 2, "reads": [1]}']
+)
 def test_a_damaged_file_is_as_none(damage: str, kept_machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from swapless.plan.machine import _read
 
     (kept_machine / "machine.json").write_text(damage)
     assert _read(kept_machine / "machine.json") is None
+
+
+def test_weights_are_timed_out_of_more_memory_than_the_last_cache_holds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(products, "available_bytes", lambda: 8 << 30)
+    assert products.cold_bytes(tmp_path) == 96 << 20, "where the kernel says nothing"
+    for number, size in enumerate(("48K", "2048K", "516096K", "no size")):
+        (tmp_path / f"index{number}").mkdir()
+        (tmp_path / f"index{number}" / "size").write_text(f"{size}\n")
+    assert products.cold_bytes(tmp_path) == 516096 * 1024 * 3 // 2
+    monkeypatch.setattr(products, "available_bytes", lambda: 1 << 30)
+    assert products.cold_bytes(tmp_path) == 256 << 20, "a quarter of what is free"
 
 
 @pytest.mark.slow

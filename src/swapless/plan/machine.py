@@ -25,7 +25,7 @@ from swapless.store.checkpoint import Extent
 from swapless.store.probe import Probe, probe
 from swapless.store.read import BLOCK_BYTES, FileReader
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _VERSIONS = ("swapless", "torch", "transformers", "numba", "numpy")
 _BLOCKS = (256 << 10, 1 << 20, 4 << 20)
 """Sizes at which the read path is probed: what packed experts, and parts of plain ones, come to."""

@@ -10,12 +10,14 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from swapless.plan.hollow import Linear
+from swapless.runtime.memory import available_bytes
 from swapless.runtime.open import OpenCheckpoint
 from swapless.runtime.parts import computation
 from swapless.runtime.pool import SlotPool, slot_bytes
@@ -23,8 +25,12 @@ from swapless.store.matrix import MatrixLayout
 from swapless.store.packed import Manifest, PackedLayer, dense_layout
 from swapless.store.read import aligned_buffer
 
-_COLD_BYTES = 96 << 20
-"""Weights are drawn in turn from so many bytes, more than the last cache of most processors holds."""
+_LEAST_COLD_BYTES = 96 << 20
+_MOST_COLD_BYTES = 1 << 30
+_MOST_LINEARS = 512
+"""Copies of one linear layer: more take longer to make than they are worth."""
+
+_CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 
 _MOST_BYTES = 48 << 20
 """Of a larger matrix only the first rows are timed: time is proportional to them."""
@@ -41,6 +47,18 @@ class ExpertTime:
     alone_s: float
 
 
+def cold_bytes(caches: Path = _CACHES) -> int:
+    """Weights are drawn in turn from so many bytes: half as many again as the last cache holds, which others may share.
+
+    Server processors have caches of hundreds of megabytes, and weights timed in them are twice as fast as a model's. Bounded by
+    a quarter of the memory that is free. ``caches`` is where the kernel describes them; where it does not, a size that is more
+    than most processors have.
+    """
+    sizes = [file.read_text().strip() for file in caches.glob("index*/size")]
+    last = max((int(size[:-1]) << 10 for size in sizes if size.endswith("K") and size[:-1].isdecimal()), default=0)
+    return max(_LEAST_COLD_BYTES, min(last * 3 // 2, _MOST_COLD_BYTES, available_bytes() // 4))
+
+
 def expert_time(opened: OpenCheckpoint, module: Any) -> ExpertTime:
     """Time the experts of ``opened`` as the engine computes them, at torch's present number of threads.
 
@@ -53,7 +71,7 @@ def expert_time(opened: OpenCheckpoint, module: Any) -> ExpertTime:
     """
     layers = opened.layout.moe_layers
     top_k = max(1, opened.experts_a_token // len(layers))
-    pool = SlotPool(layers, max(2, -(-_COLD_BYTES // slot_bytes(layers))))
+    pool = SlotPool(layers, max(2, -(-cold_bytes() // slot_bytes(layers))))
     _fill(pool, opened)
     compute = computation(opened).of(pool)
     hidden = torch.randn(1, _hidden_size(opened), dtype=torch.float32).to(opened.layout.dtype)
@@ -89,8 +107,7 @@ def linears_s(opened: OpenCheckpoint, called: Mapping[Linear, int]) -> float:
 def _linear_s(inputs: int, outputs: int, bias: bool, quantized: bool, dtype: torch.dtype) -> float:
     row_bytes = inputs if quantized else inputs * dtype.itemsize
     rows = min(outputs, max(32, _MOST_BYTES // row_bytes // 32 * 32))
-    count = max(2, -(-_COLD_BYTES // (rows * row_bytes)))
-    count = min(count, 64)
+    count = min(_MOST_LINEARS, max(2, -(-cold_bytes() // (rows * row_bytes))))
     layers = itertools.cycle([_linear(inputs, rows, bias, quantized, dtype) for _ in range(count)])
     x = torch.randn(1, inputs).to(dtype)
     with torch.inference_mode():
@@ -169,7 +186,7 @@ def _noise() -> np.ndarray:
 
 def copy_bytes_per_s() -> float:
     """Bytes a second from memory to memory by one thread, as from a bounce buffer into a slot."""
-    source, target = (aligned_buffer(_COLD_BYTES // 2) for _ in range(2))
+    source, target = (aligned_buffer(cold_bytes() // 2) for _ in range(2))
     source[:] = 1
     target[:] = 1
     return len(source) / _median_s(lambda: np.copyto(target, source))
@@ -177,7 +194,7 @@ def copy_bytes_per_s() -> float:
 
 def read_bytes_per_s() -> float:
     """Bytes a second that all of torch's threads read out of memory together."""
-    values = torch.ones(_COLD_BYTES // 4)
+    values = torch.ones(cold_bytes() // 4)
     return values.nbytes / _median_s(lambda: values.sum())
 
 
