@@ -55,6 +55,17 @@ def test_what_has_landed_is_computed_in_one_call():
     assert given.layer_s(0, 2) == pytest.approx(6)
 
 
+def test_compute_and_reads_slow_each_other():
+    # A read takes 2 s at full speed and 4 s at half; both end at 8 s. Until then compute has half of its speed.
+    slow = costs(expert_s=1.0, lone_expert_s=1.0, pace_beside_reads=0.5, reading_beside_compute=0.5)
+    assert slow.reading_s(2) == 4.0
+    # The resident is done at 2 s, the first miss from 4 to 6 s, the second from 8 to 9 s, when nothing is read any more.
+    assert slow.layer_s(1, 2) == pytest.approx(9)
+    # Six residents: 4 s of work beside the one read's 4 s are 2 s done; 4 more end at 8 s, and the miss at 9 s.
+    assert slow.layer_s(6, 1) == pytest.approx(4 + 4 + 1)
+    assert speed(slow, np.array([0, 0, 1.0])).floor_s == pytest.approx(3 * 4), "the floor is of undisturbed reads"
+
+
 def test_more_reads_in_flight_are_faster_only_where_there_are_so_many():
     deep = costs(bytes_per_s={1: 2.0, 2: 4.0})
     assert deep.reading_s(1) == 2.0 and deep.reading_s(2) == 1.0

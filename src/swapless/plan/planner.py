@@ -114,14 +114,15 @@ def plan(
         if prefetch is not None and (budget is None or budget.slots == budget.num_experts_total):
             continue  # nothing to read ahead
         if budget is not None and id(form) not in costs:
-            products = expert_time(form, module)
+            products = expert_time(form, module, reads.traffic(form))
             costs[id(form)] = Costs(
                 num_moe_layers=len(form.layout.moe_layers),
                 top_k=form.experts_a_token // len(form.layout.moe_layers),
                 other_s=step.seconds + linears_s(form, step.linears),
                 expert_s=products.together_s,
                 lone_expert_s=products.alone_s,
-                **reads.costs(form),
+                pace_beside_reads=products.pace_beside_reads,
+                **reads.costs(form, products.read_bytes_per_s),
             )
         rows.append(_set_up(form, name, prefetch, policy, budget, needs, hits, costs.get(id(form)), memory_bytes, context))
     return Plan(

@@ -9,9 +9,10 @@ import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -37,14 +38,21 @@ _MOST_BYTES = 48 << 20
 
 _REPEATS = 7
 _LEAST_S = 0.05
+_BESIDE_S = 0.3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExpertTime:
-    """Seconds of one expert for one token: ``together`` with the others of its token in one call, or ``alone``."""
+    """Seconds of one expert for one token: ``together`` with the others of its token in one call, or ``alone``.
+
+    ``pace_beside_reads`` is the share of its speed that is left while reads are under way, and ``read_bytes_per_s`` what they
+    reach meanwhile, None where there were none.
+    """
 
     together_s: float
     alone_s: float
+    pace_beside_reads: float = 1.0
+    read_bytes_per_s: float | None = None
 
 
 def cold_bytes(caches: Path = _CACHES) -> int:
@@ -59,7 +67,11 @@ def cold_bytes(caches: Path = _CACHES) -> int:
     return max(_LEAST_COLD_BYTES, min(last * 3 // 2, _MOST_COLD_BYTES, available_bytes() // 4))
 
 
-def expert_time(opened: OpenCheckpoint, module: Any) -> ExpertTime:
+Traffic = Callable[[], AbstractContextManager[list[int]]]
+"""Reads go on for as long as it is open; the list receives the bytes of each."""
+
+
+def expert_time(opened: OpenCheckpoint, module: Any, traffic: Traffic | None = None) -> ExpertTime:
     """Time the experts of ``opened`` as the engine computes them, at torch's present number of threads.
 
     Parameters
@@ -68,6 +80,8 @@ def expert_time(opened: OpenCheckpoint, module: Any) -> ExpertTime:
         Says what an expert is made of; none of it is read.
     module : torch.nn.Module
         An experts module of its model, for gate and activation; without weights.
+    traffic : callable, optional
+        Reads such as the engine's, to be timed beside.
     """
     layers = opened.layout.moe_layers
     top_k = max(1, opened.experts_a_token // len(layers))
@@ -83,9 +97,35 @@ def expert_time(opened: OpenCheckpoint, module: Any) -> ExpertTime:
     try:
         with torch.inference_mode():
             together = _median_s(lambda: call(top_k)) / top_k
-            return ExpertTime(together_s=together, alone_s=_median_s(lambda: call(1)))
+            alone = _median_s(lambda: call(1))
+            if traffic is None:
+                return ExpertTime(together_s=together, alone_s=alone)
+            some = max(1, top_k // 2)
+            undisturbed = _calls_per_s(lambda: call(some))
+            with traffic() as moved:
+                disturbed = _calls_per_s(lambda: call(some), moved)
+            pace = min(1.0, disturbed.rate / undisturbed.rate)
+            return ExpertTime(
+                together_s=together, alone_s=alone, pace_beside_reads=pace, read_bytes_per_s=disturbed.moved_bytes_per_s
+            )
     finally:
         pool.close()
+
+
+class _Rate(NamedTuple):
+    rate: float
+    moved_bytes_per_s: float
+
+
+def _calls_per_s(call: Callable[[], Any], moved: list[int] | None = None) -> _Rate:
+    """Calls a second for ``_BESIDE_S``, from when the first bytes have moved, and the bytes a second meanwhile."""
+    while moved is not None and not moved:
+        call()
+    first, calls, begun = len(moved or ()), 0, time.perf_counter()
+    while (spent := time.perf_counter() - begun) < _BESIDE_S:
+        call()
+        calls += 1
+    return _Rate(calls / spent, sum((moved or [])[first:]) / spent)
 
 
 def linears_s(opened: OpenCheckpoint, called: Mapping[Linear, int]) -> float:

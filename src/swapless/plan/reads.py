@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from swapless.plan.machine import Machine, probe_files
+from swapless.plan.products import Traffic
+from swapless.plan.traffic import blocks_traffic, store_traffic
 from swapless.runtime.open import OpenCheckpoint
 from swapless.runtime.parts import open_store, sample_extents
 from swapless.store.packed import block_parts
@@ -25,7 +27,7 @@ class Reads:
     """
 
     def __init__(self, opened: OpenCheckpoint, machine: Machine, whole: bool) -> None:
-        self._machine = machine
+        self._machine, self._opened = machine, opened
         self._files = opened.files if whole else []
         self._found: dict[int, Probe] = {}
         self.source = "probed on its files" if whole else "as of the disk of the cache folder: the model is not here"
@@ -48,18 +50,42 @@ class Reads:
         """The same with as many threads as there ever are."""
         return 0 if form.manifest is not None else max(DEPTHS) * self._bounce_bytes
 
-    def costs(self, form: OpenCheckpoint) -> dict[str, Any]:
-        """What :class:`~swapless.plan.speed.Costs` say about the reads of ``form``: ``opened``, or how it would be packed."""
+    def traffic(self, form: OpenCheckpoint) -> Traffic | None:
+        """Reads of ``form`` as the engine's threads make them; None where the weights are not there."""
+        if not self._files:
+            return None
+        if self._planned(form):
+            layers = form.manifest.moe_layers if form.manifest else ()
+            block_bytes = max(layer.block_bytes for layer in layers)
+            parts = block_parts(block_bytes)
+            return lambda: blocks_traffic(self._files, block_bytes // parts, self._at(block_bytes // parts).depth)
+        return lambda: store_traffic(self._opened, self._probe.depth)
+
+    def _planned(self, form: OpenCheckpoint) -> bool:
+        """Whether ``form`` is what ``opened`` would be packed as."""
+        return self._bounce_bytes > 0 and form.manifest is not None
+
+    def costs(self, form: OpenCheckpoint, beside_bytes_per_s: float | None) -> dict[str, Any]:
+        """What :class:`~swapless.plan.speed.Costs` say about the reads of ``form``: ``opened``, or how it would be packed.
+
+        ``beside_bytes_per_s`` is what they reach while experts are computed. Where it is not known, a copy into the slot is
+        all that slows them.
+        """
         found, read_bytes, parts, copied = self._probe, self._bytes, self._parts, self._bounce_bytes > 0
-        if copied and form.manifest is not None:  # blocks that are not there yet
+        if self._planned(form):  # blocks that are not there yet
+            assert form.manifest is not None
             read_bytes = max(layer.block_bytes for layer in form.manifest.moe_layers)
             parts, copied = block_parts(read_bytes), False
             found = self._at(read_bytes // parts)
+        alone = found.best_bytes_per_s
+        share = 1 / (1 + alone / self._machine.copy_bytes_per_s) if copied else 1.0
+        if beside_bytes_per_s is not None:
+            share = min(1.0, beside_bytes_per_s / alone)
         return {
             "read_bytes": read_bytes,
             "parts": parts,
             "bytes_per_s": {depth: rate for depth, rate in found.bytes_per_s.items() if depth <= found.depth},
-            "landing_s": read_bytes / self._machine.copy_bytes_per_s if copied else 0.0,
+            "reading_beside_compute": share,
         }
 
     def _at(self, block_bytes: int) -> Probe:

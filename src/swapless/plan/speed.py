@@ -36,9 +36,10 @@ class Costs:
         Reads that one expert is cut into.
     bytes_per_s : mapping of int to float
         Bandwidth by reads in flight.
-    landing_s : float
-        Seconds of an expert's copy from a bounce buffer into its slot: the reader threads do it, but in time that compute
-        then lacks, so it is charged there.
+    pace_beside_reads : float
+        Share of its speed that compute keeps while reads are under way.
+    reading_beside_compute : float
+        Share of the bandwidth that reads keep while experts are computed, their copy into the slot included.
     """
 
     num_moe_layers: int
@@ -49,13 +50,14 @@ class Costs:
     read_bytes: int
     parts: int
     bytes_per_s: Mapping[int, float]
-    landing_s: float = 0.0
+    pace_beside_reads: float = 1.0
+    reading_beside_compute: float = 1.0
 
     def reading_s(self, misses: float) -> float:
-        """Seconds an expert's read takes where so many are asked for at once."""
+        """Seconds an expert's read takes beside compute, where so many are asked for at once."""
         flight = misses * self.parts
         depth = max((depth for depth in self.bytes_per_s if depth <= flight), default=min(self.bytes_per_s))
-        return self.read_bytes / self.bytes_per_s[depth]
+        return self.read_bytes / (self.bytes_per_s[depth] * self.reading_beside_compute)
 
     def together_s(self, experts: int) -> float:
         """Seconds of so many experts in one call: what is measured for one and for K, and a straight line between them."""
@@ -66,13 +68,22 @@ class Costs:
 
     def layer_s(self, hits: int, misses: int) -> float:
         """Seconds of one MoE layer's experts, from the moment they are known."""
-        busy, read, done = self.together_s(hits), self.reading_s(misses), 0
+        read, done = self.reading_s(misses), 0
+        over = misses * read
+        busy = self._computed(0.0, hits, over)
         while done < misses:
             busy = max(busy, (done + 1) * read)
             landed = min(misses, max(done + 1, int(busy / read))) if read else misses
-            busy += (landed - done) * self.landing_s + self.together_s(landed - done)
+            busy = self._computed(busy, landed - done, over)
             done = landed
         return busy
+
+    def _computed(self, begun: float, experts: int, reading_until: float) -> float:
+        """When so many experts are computed that are begun at ``begun``, if reads slow them until ``reading_until``."""
+        work, beside = self.together_s(experts), max(0.0, reading_until - begun)
+        if work <= beside * self.pace_beside_reads:
+            return begun + work / self.pace_beside_reads
+        return begun + beside + work - beside * self.pace_beside_reads
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
