@@ -197,6 +197,7 @@ def main() -> None:
         return
     if asked.quick:
         asked.rounds, asked.tokens = 1, min(asked.tokens, 8)
+        asked.scratch = asked.scratch.with_name(asked.scratch.name + "-quick")
     import torch
     from transformers.utils import logging
 
