@@ -206,8 +206,9 @@ def test_neither_folder_nor_repository(tmp_path: Path) -> None:
 def test_nothing_is_left_running_by_a_refused_load(own_qwen3_moe: Path) -> None:
     import threading
 
-    before = threading.active_count()
+    before = set(threading.enumerate())
     change_tensors(own_qwen3_moe, lambda tensors: tensors.pop("model.norm.weight"))
     with pytest.raises(CheckpointCorruptError):
         swapless.load(own_qwen3_moe, resident=0.5)
-    assert threading.active_count() == before
+    # Not their number: a thread of an earlier test may end meanwhile, and would hide or feign one that is left.
+    assert set(threading.enumerate()) <= before
