@@ -8,6 +8,7 @@ import numpy as np
 
 from swapless.cache._loop import gather
 from swapless.cache.compiled import compiled, compiled_apart
+from swapless.cache.pace import computed
 from swapless.cache.policy import on_document, on_scores
 from swapless.cache.serve import serve
 
@@ -136,15 +137,6 @@ def _read_ahead(now: float, demand: float, link: float, moe_layer: int, num_expe
 
 
 @compiled
-def _computed(begun: float, work_s: float, reading_until: float, pace: float) -> float:
-    """When work of ``work_s`` seconds that begins at ``begun`` is done, if reads slow it until ``reading_until``."""
-    beside = max(reading_until - begun, 0.0)
-    if work_s <= beside * pace:
-        return begun + work_s / pace
-    return begun + beside + (work_s - beside * pace)
-
-
-@compiled
 def timeline_calls(
     state: Any,
     residency: Any,
@@ -240,7 +232,7 @@ def timeline_calls(
             reading = now
             for i in range(misses):
                 reading = max(reading, landed[i])
-            busy = _computed(now, predicting + costs.shared_s + hits * costs.expert_s, reading, costs.pace)
+            busy = computed(now, predicting + costs.shared_s + hits * costs.expert_s, reading, costs.pace)
             for i in range(misses):
                 soonest = i
                 for j in range(i + 1, misses):
@@ -249,7 +241,7 @@ def timeline_calls(
                 there = landed[soonest]
                 landed[soonest] = landed[i]
                 landed[i] = there
-                busy = _computed(max(busy, there), costs.landing_s + costs.expert_s, reading, costs.pace)
+                busy = computed(max(busy, there), costs.landing_s + costs.expert_s, reading, costs.pace)
             if foresee and moe_layer + 1 < layers:
                 if target < layers:
                     _want(ahead.levels[row], num_experts, target, residency.slot_of_key, ahead)

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from swapless.cache.pace import computed
+
 GATE_RECALL = 0.8
 """Share of the next MoE layer's experts that its router names when asked early: 0.74 to 0.89 were measured, at leads of two and
 one (``docs/log.md``)."""
@@ -79,11 +81,7 @@ class Costs:
         return busy
 
     def _computed(self, begun: float, experts: int, reading_until: float) -> float:
-        """When so many experts are computed that are begun at ``begun``, if reads slow them until ``reading_until``."""
-        work, beside = self.together_s(experts), max(0.0, reading_until - begun)
-        if work <= beside * self.pace_beside_reads:
-            return begun + work / self.pace_beside_reads
-        return begun + beside + work - beside * self.pace_beside_reads
+        return float(computed.py_func(begun, self.together_s(experts), reading_until, self.pace_beside_reads))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
