@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import atexit
 import json
+import os
 import shutil
 import sys
 import tempfile
@@ -185,6 +186,25 @@ def perform(task: Task) -> dict[str, Any]:
         result |= {"stats": engine.stats().to_dict(), "budget": engine.budget.to_dict(), "probe": engine.probe.to_dict()}
         engine.close()
     return result
+
+
+def perform_apart(task: Task, cap_bytes: int | None, timeout_s: float) -> dict[str, Any]:
+    """Do the task in a process of its own, under a memory cap if one is given, its files out of the page cache to begin with.
+
+    Raises
+    ------
+    RuntimeError
+        It failed.
+    """
+    from cgroup import run_capped  # here, so that the process that is measured is spared them
+    from page_cache import evict, shards
+
+    evict(shards(Path(task.folder)))
+    command = [sys.executable, str(Path(__file__).resolve()), task.argument()]
+    run = run_capped(command, cap_bytes, timeout_s=timeout_s, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+    if run.returncode != 0:
+        raise RuntimeError(f"{task.folder}, reading ahead by {task.prefetch}, failed: {run.stderr.strip()[-800:]}")
+    return dict(json.loads(run.stdout))
 
 
 def _io_read_bytes() -> int | None:

@@ -12,18 +12,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import sys
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from cgroup import die_tidily, run_capped
-from contestant import Task
-from page_cache import evict, shards
-from results import ROOT, document, emit, spread, store
+from cgroup import die_tidily
+from contestant import Task, perform_apart
+from results import document, emit, spread, store
 from rich.console import Console
 
 from swapless import embedded
@@ -43,29 +40,13 @@ def embedded_tokens(count: int) -> list[int]:
     return list(ids[:count])
 
 
-def perform(task: Task, cap_bytes: int | None) -> dict[str, Any]:
-    """One contestant in its own process.
-
-    Raises
-    ------
-    RuntimeError
-        It failed.
-    """
-    evict(shards(Path(task.folder)))
-    command = [sys.executable, str(ROOT / "benchmarks" / "contestant.py"), task.argument()]
-    run = run_capped(command, cap_bytes, timeout_s=TIMEOUT_S, env=os.environ | {"HF_HUB_OFFLINE": "1"})
-    if run.returncode != 0:
-        raise RuntimeError(f"{task.prefetch} failed: {run.stderr.strip()[-800:]}")
-    return dict(json.loads(run.stdout))
-
-
 def compare(task: Task, cap_bytes: int | None, rounds: int) -> dict[str, Any]:
     """All kinds in turn, and what became of their reads."""
     answers: dict[str, list[dict[str, Any]]] = {str(kind): [] for kind in KINDS}
     for round_ in range(rounds):
         by = round_ % len(KINDS)
         for kind in KINDS[by:] + KINDS[:by]:
-            answer = perform(replace(task, prefetch=kind), cap_bytes)
+            answer = perform_apart(replace(task, prefetch=kind), cap_bytes, TIMEOUT_S)
             answers[str(kind)].append(answer)
             CONSOLE.print(f"  round {round_ + 1} {kind!s:>6}: {answer['tokens_per_s']:.2f} tok/s", markup=False)
     without = statistics.median(answer["tokens_per_s"] for answer in answers["None"])

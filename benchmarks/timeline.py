@@ -26,10 +26,9 @@ import json
 import os
 import statistics
 import sys
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +39,7 @@ from swapless.cache import DEFAULT_POLICY
 from swapless.cache.devices import DeviceProfile
 from swapless.cache.replay import replay
 from swapless.cache.timeline import BlockTime, timeline
+from swapless.plan.traffic import busy
 from swapless.store.checkpoint import Extent
 from swapless.store.probe import probe
 from swapless.store.read import BLOCK_BYTES, FileReader, aligned_buffer
@@ -88,25 +88,14 @@ class Disk:
         found = probe(self, extents, budget_s=PROBE_S, seed=int(self._rng.integers(1 << 30)))  # type: ignore[arg-type]
         return 1 / found.bytes_per_s[depth]
 
-    @contextmanager
-    def busy(self, depth: int) -> Iterator[list[int]]:
+    def busy(self, depth: int) -> AbstractContextManager[list[int]]:
         """Keep ``depth`` threads reading for as long as this is open; the list receives the bytes of every read."""
-        enough, moved = threading.Event(), list[int]()
 
-        def work(rng: np.random.Generator, buffer: np.ndarray) -> None:
-            while not enough.is_set():
-                moved.append(len(self.read(*self._extent(rng), buffer)))
+        def fetcher() -> Callable[[np.random.Generator], int]:
+            buffer = aligned_buffer(self._block_bytes + 2 * BLOCK_BYTES)
+            return lambda rng: len(self.read(*self._extent(rng), buffer))
 
-        room = self._block_bytes + 2 * BLOCK_BYTES
-        threads = [threading.Thread(target=work, args=(rng, aligned_buffer(room))) for rng in self._rng.spawn(depth)]
-        for thread in threads:
-            thread.start()
-        try:
-            yield moved
-        finally:
-            enough.set()
-            for thread in threads:
-                thread.join()
+        return busy([fetcher() for _ in range(depth)], self._rng)
 
     def close(self) -> None:
         """Close the files."""

@@ -13,18 +13,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import statistics
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
-from cgroup import die_tidily, run_capped
-from contestant import Task
-from page_cache import evict, shards
+from cgroup import die_tidily
+from contestant import Task, perform_apart
 from results import ROOT, document, emit, spread, store
 from rich.console import Console
 from safetensors.torch import load_file, save_file
@@ -72,22 +69,6 @@ def compare(narrow: Path, wide: Path, ids: list[int]) -> dict[str, Any]:
     }
 
 
-def perform(task: Task) -> dict[str, Any]:
-    """One run in its own process.
-
-    Raises
-    ------
-    RuntimeError
-        It failed.
-    """
-    evict(shards(Path(task.folder)))
-    command = [sys.executable, str(ROOT / "benchmarks" / "contestant.py"), task.argument()]
-    run = run_capped(command, None, timeout_s=TIMEOUT_S, env=os.environ | {"HF_HUB_OFFLINE": "1"})
-    if run.returncode != 0:
-        raise RuntimeError(f"{task.folder} failed: {run.stderr.strip()[-800:]}")
-    return dict(json.loads(run.stdout))
-
-
 def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
     """Medians and ranges of one twin at one residency."""
     stats = [run["stats"] for run in runs]
@@ -118,7 +99,9 @@ def main() -> None:
     twins = {name: Path(path) for name, path in (pair.split("=", 1) for pair in arguments.twins.split(","))}
     tokenizer = AutoTokenizer.from_pretrained(next(iter(twins.values())))
     measured: dict[str, Any] = {"twins": {}}
-    with tempfile.TemporaryDirectory(dir=ROOT / "out") as scratch:
+    out = ROOT / "out"
+    out.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out) as scratch:
         unseen = token_streams(domain_texts(read_documents(arguments.corpus), held_out=True), tokenizer, Path(scratch))
         text = held_out(unseen, window_tokens=8 + arguments.prompt_tokens + arguments.tokens, end=tokenizer.eos_token_id)
         ids = [int(token) for token in text.joined[0]]
@@ -145,7 +128,7 @@ def main() -> None:
                     resident=share,
                     context=512,
                 )
-                runs[name, share].append(perform(task))
+                runs[name, share].append(perform_apart(task, None, TIMEOUT_S))
         for (name, share), answers in runs.items():
             row = summary(answers)
             measured["twins"][name][f"{share:g}"] = row

@@ -7,7 +7,7 @@ from the same processors outside of the machine.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 
@@ -41,7 +41,7 @@ def blocks_traffic(files: list[Path], block_bytes: int, threads: int) -> Iterato
 
         return fetch
 
-    with closing(reader), _busy([fetcher() for _ in range(threads)]) as moved:
+    with closing(reader), busy([fetcher() for _ in range(threads)], np.random.default_rng(0)) as moved:
         yield moved
 
 
@@ -61,12 +61,19 @@ def store_traffic(opened: OpenCheckpoint, threads: int) -> Iterator[list[int]]:
 
         return fetch
 
-    with closing(store), _busy([fetcher() for _ in range(threads)]) as moved:
+    with closing(store), busy([fetcher() for _ in range(threads)], np.random.default_rng(0)) as moved:
         yield moved
 
 
 @contextmanager
-def _busy(fetchers: list[_Fetch]) -> Iterator[list[int]]:
+def busy(fetchers: Sequence[_Fetch], rng: np.random.Generator) -> Iterator[list[int]]:
+    """Call each of ``fetchers`` in a thread of its own, over and over, with a stream of ``rng``; the list receives the bytes.
+
+    Raises
+    ------
+    Exception
+        Whatever a fetcher raised, at the end.
+    """
     enough, moved, failures = threading.Event(), list[int](), list[BaseException]()
 
     def work(fetch: _Fetch, rng: np.random.Generator) -> None:
@@ -77,8 +84,9 @@ def _busy(fetchers: list[_Fetch]) -> Iterator[list[int]]:
             failures.append(error)
             moved.append(0)  # nobody must wait for the first bytes
 
-    streams = np.random.default_rng(0).spawn(len(fetchers))
-    threads = [threading.Thread(target=work, args=pair, daemon=True) for pair in zip(fetchers, streams, strict=True)]
+    threads = [
+        threading.Thread(target=work, args=pair, daemon=True) for pair in zip(fetchers, rng.spawn(len(fetchers)), strict=True)
+    ]
     for thread in threads:
         thread.start()
     try:
