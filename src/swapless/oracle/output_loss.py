@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from swapless.oracle.autocast import product_dtype
+
 __all__ = ["next_token_loss"]
 
 _LOGITS_AT_ONCE = 1 << 20
@@ -42,7 +44,5 @@ def next_token_loss(hidden_TD: Tensor, weight_VD: Tensor, next_T: Tensor) -> Ten
 
     Products run in autocast's type where it is on. Both gradients are made on the way, for training alone.
     """
-    kind = hidden_TD.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden_TD.dtype
-    loss: Tensor = _NextTokenLoss.apply(hidden_TD, weight_VD, next_T, dtype)
+    loss: Tensor = _NextTokenLoss.apply(hidden_TD, weight_VD, next_T, product_dtype(hidden_TD))
     return loss

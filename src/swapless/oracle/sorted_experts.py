@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from swapless.oracle.autocast import product_dtype
 from swapless.runtime.door import ALL_EXPERTS_FUNCTIONS
 
 __all__ = ["SORTED", "register_sorted_experts", "sorted_experts_forward"]
@@ -115,9 +116,7 @@ def sorted_experts_forward(self: nn.Module, hidden_TD: Tensor, top_k_index: Tens
     """The same sum as transformers' eager experts, in another order of additions; experts with gates and biases, or without."""
     module: Any = self
     T, K = top_k_index.shape
-    kind = hidden_TD.device.type
-    # Autocast does not reach into a custom autograd function: what it would have cast is cast here.
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden_TD.dtype
+    dtype = product_dtype(hidden_TD)
 
     def cast(name: str) -> Tensor:
         return getattr(module, name).to(dtype)

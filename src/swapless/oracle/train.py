@@ -90,7 +90,7 @@ class Trainer:
             {"params": split.gates, "weight_decay": 0.0, "share": recipe.gate_lr_share},
             {"params": split.vectors, "weight_decay": 0.0, "share": share},
         ]
-        adamw = torch.optim.AdamW(groups, lr=self.recipe.peak_lr, betas=(0.9, 0.95), fused=True)
+        adamw = torch.optim.AdamW(groups, lr=recipe.peak_lr, betas=(0.9, 0.95), fused=True)
         self._wrapped, *self._optimisers = self._accelerator.prepare(model, muon, adamw)
 
     def fork(self, report: Report = lambda stage, done: None) -> None:
@@ -139,18 +139,19 @@ class Trainer:
         return found
 
     def _put_moments(self, moments: dict[str, dict[str, Tensor]], carry: Carry) -> None:
+        names = {parameter: name for name, parameter in self.model.named_parameters()}
         steps = next(iter(moments.get("step", {}).values()), None)
-        for name, parameter in self.model.named_parameters():
-            for optimiser in self._optimisers:
-                inner = getattr(optimiser, "optimizer", optimiser)
-                if not any(parameter is one for group in inner.param_groups for one in group["params"]):
-                    continue
-                keys = ("momentum",) if isinstance(inner, Muon) else ("exp_avg", "exp_avg_sq")
-                carried = {key: carry(moments.get(key, {}), name) for key in keys}
+        for optimiser in self._optimisers:
+            inner = getattr(optimiser, "optimizer", optimiser)
+            keys = ("momentum",) if isinstance(inner, Muon) else ("exp_avg", "exp_avg_sq")
+            for parameter in (one for group in inner.param_groups for one in group["params"]):
+                carried = {key: carry(moments.get(key, {}), names[parameter]) for key in keys}
                 state = {key: value.clone().contiguous() for key, value in carried.items() if value is not None}
-                if len(state) == len(keys):
-                    count = {} if isinstance(inner, Muon) or steps is None else {"step": steps.clone()}
-                    inner.state[parameter] = count | state
+                if len(state) < len(keys):
+                    continue
+                if "exp_avg" in state and steps is not None:
+                    state["step"] = steps.clone()
+                inner.state[parameter] = state
 
     def step(self) -> dict[str, Any]:
         """One optimiser step; returns the figures to log."""
