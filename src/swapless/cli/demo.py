@@ -6,7 +6,6 @@ The three texts are the same; the twins show what the routing itself can save.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -85,14 +84,8 @@ def _twins(out: Out) -> list[dict[str, Any]]:
         checkpoint = str(twin(router))
         tokenizer = open_tokenizer(checkpoint)
         with open_model(checkpoint, out, threads=_THREADS, resident=1 / _experts_a_layer(checkpoint)) as model:
-            ids = prompt_ids(tokenizer, TWIN_PROMPT)
-            generate(model, tokenizer, ids, _WARM_UP, lambda piece: None)
-            model.swapless.reset_stats()
             out.text(f"{router}: {_TWIN_NAMES[router]}")
-            out.text("    " + TWIN_PROMPT.replace("\n", "\n    "), end="")
-            reply = generate(model, tokenizer, ids, _TWIN_SAMPLING, _indented(out))
-            out.text("\n")
-            rows.append({"router": router} | measured(reply, model.swapless))
+            rows.append({"router": router} | _written(model, tokenizer, TWIN_PROMPT, _TWIN_SAMPLING, out))
     out.table(
         ("twin", "experts swapped", "read in all", "tok/s", "stall"),
         [
@@ -110,8 +103,19 @@ def _twins(out: Out) -> list[dict[str, Any]]:
     return rows
 
 
-def _indented(out: Out) -> Callable[[str], None]:
-    return lambda piece: out.text(piece.replace("\n", "\n    "), end="")
+def _written(model: Any, tokenizer: Any, prompt: str, sampling: Sampling, out: Out) -> dict[str, Any]:
+    """Let the model, warmed up, go on from the prompt for all to see; returns the figures."""
+
+    def show(piece: str) -> None:
+        out.text(piece.replace("\n", "\n    "), end="")
+
+    ids = prompt_ids(tokenizer, prompt)
+    generate(model, tokenizer, ids, _WARM_UP, lambda piece: None)
+    model.swapless.reset_stats()
+    show("    " + prompt)
+    reply = generate(model, tokenizer, ids, sampling, show)
+    out.text("\n")
+    return measured(reply, model.swapless)
 
 
 def _experts_a_layer(checkpoint: str) -> int:
@@ -129,11 +133,6 @@ def _run(checkpoint: str, residency: float, out: Out) -> dict[str, Any]:
                 f"{format_size(budget.expert_bytes)} in its files.\nIt writes one text three times, each time with more of "
                 f"them in memory; the others are read when the router asks.\n"
             )
-        ids = prompt_ids(tokenizer, PROMPT)
-        generate(model, tokenizer, ids, _WARM_UP, lambda piece: None)
-        model.swapless.reset_stats()
         out.text(f"{residency:.0%} of the experts in memory ({budget.slots} of {budget.num_experts_total})")
-        out.text(f"    {PROMPT}", end="")
-        reply = generate(model, tokenizer, ids, _SAMPLING, _indented(out))
-        out.text("\n")
-        return {"resident": residency, "experts": budget.num_experts_total} | measured(reply, model.swapless)
+        figures = _written(model, tokenizer, PROMPT, _SAMPLING, out)
+        return {"resident": residency, "experts": budget.num_experts_total} | figures
