@@ -13,8 +13,9 @@ second, as medians over the rounds, within 20 %.
 What stands for the device: bytes over seconds of all probes of the run, at the engine's own number of reads in flight, each
 read copied from the bounce buffer to a slot's place as the reader threads do. What compute loses beside reads is measured in
 the same pauses: experts of the loaded model are computed alone, then while as many threads read and copy as in the engine; the
-ratio of the two rates is the timeline's ``pace_beside_reads``. Nothing is taken from the run's own times. What a hypervisor
-took away meanwhile (``steal`` of /proc/stat) is stored beside the figures.
+ratio of the two rates is the timeline's ``pace_beside_reads``, and what those threads read meanwhile, over the bandwidth alone,
+its ``reading_beside_compute``. Nothing is taken from the run's own times. What a hypervisor took away meanwhile (``steal`` of
+/proc/stat) is stored beside the figures.
 """
 
 from __future__ import annotations
@@ -244,6 +245,7 @@ def at_capacity(
         shared_s=0.0,
         expert_s=compute["experts_s"] / layers / top_k,
         pace_beside_reads=min(1.0, sum(beside) / sum(alone)),
+        reading_beside_compute=min(1.0, statistics.fmean(moved_beside) / bandwidth),
     )
     before = len(tokens["prompt"]) + len(tokens["warm_up"])
     counted = replay(trace, policy, capacity, warmup_tokens=before)
@@ -264,6 +266,7 @@ def at_capacity(
         "experts_per_s_beside_reads": beside,
         "read_bytes_per_s_beside_compute": moved_beside,
         "pace_beside_reads": block.pace_beside_reads,
+        "reading_beside_compute": block.reading_beside_compute,
         "run_bytes_per_stall_s": stats.decode_bytes_read / stats.decode_stall_s if stats.decode_stall_s else None,
         "predicted_tokens_per_s": foreseen.tokens_per_s,
         "predicted_stall_s_per_token": foreseen.row()["stall_s_per_token"],
@@ -346,7 +349,7 @@ def main() -> None:
                 f"round {number + 1}: {row['capacity_experts']:3d} experts, hit {row['hit_rate']:.3f}, predicted "
                 f"{row['predicted_tokens_per_s']:.2f}, measured {row['tokens_per_s']:.2f} tok/s; ms a token: resident "
                 f"{1e3 * compute['token_s']:.0f}, stall {1e3 * row['stall_s_per_token']:.0f}, stolen "
-                f"{1e3 * row['stolen_s_per_token']:.0f}; pace {row['pace_beside_reads']:.2f}, depth {row['depth']}, "
+                f"{1e3 * row['stolen_s_per_token']:.0f}; pace {row['pace_beside_reads']:.2f}, reading {row['reading_beside_compute']:.2f}, depth {row['depth']}, "
                 f"{1e-6 * row['read_bytes_per_s']:.0f} MB/s",
                 file=sys.stderr,
                 flush=True,

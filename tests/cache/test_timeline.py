@@ -70,6 +70,18 @@ def test_compute_is_slower_beside_reads(trace):
     assert found.times.stall_s[0] == pytest.approx(3 * (14.0 - 9.0))
 
 
+def test_reads_are_slower_beside_compute(trace):
+    # As above at full pace, reads at half while the shared expert (1 s) and the first expert (0.5 s) are computed: landings at
+    # 7.5 and 12.5 + 0.25 = 12.75.
+    block = replace(BLOCK, reading_beside_compute=0.5)
+    found = timeline(one_token(trace), "lru", 3, device(fixed_s=1.0), block=block, expert_bytes=4)
+    assert found.times.end_s[0] == pytest.approx(3 * (12.75 + 0.5))
+    both = replace(block, pace_beside_reads=0.5, shared_s=2.0)
+    # Shared work of 2 s takes 4 s, until 6, in which reads lose 2 s: landings at 9 and 14. The first expert takes 1 s: 14.5.
+    found = timeline(one_token(trace), "lru", 3, device(fixed_s=1.0), block=both, expert_bytes=4)
+    assert found.times.end_s[0] == pytest.approx(3 * (14.5 + 0.5))
+
+
 def test_reads_and_bytes_are_those_of_the_replay(trace):
     counted = replay(trace, "lfu", 3, warmup_tokens=5, expert_bytes=10)
     found = timeline(trace, "lfu", 3, device(), block=BLOCK, warmup_tokens=5, expert_bytes=10)
@@ -101,7 +113,7 @@ def foresight(trace, *, right=0.8, seed=0, **more):
     ids=str,
 )
 def test_the_slow_twin_says_the_same(trace, figures, more):
-    block = replace(BLOCK, landing_s=0.4, pace_beside_reads=0.6)
+    block = replace(BLOCK, landing_s=0.4, pace_beside_reads=0.6, reading_beside_compute=0.7)
     given = None if more is None else foresight(trace, **more)
     for kind, capacity in (("layer", 3), ("shared", 9)):
         pools = pools_for(capacity, 3, 8, 2, kind)
@@ -206,9 +218,10 @@ def test_wrong_arguments_are_refused(trace):
     for wrong in ({"lead": 0}, {"width": 0}, {"staging_experts": -1}, {"token_s": -1.0}):
         with pytest.raises(UsageError, match=f"{next(iter(wrong))} .* at least"):
             foresight(trace, **wrong)
-    for pace in (0.0, 1.5):
-        with pytest.raises(UsageError):
-            BlockTime(pace_beside_reads=pace)
+    for name in ("pace_beside_reads", "reading_beside_compute"):
+        for share in (0.0, 1.5):
+            with pytest.raises(UsageError, match="above 0 and at most 1"):
+                BlockTime(**{name: share})
     for name in ("expert_s", "landing_s"):
         with pytest.raises(UsageError, match="at least 0"):
             BlockTime(**{name: -1.0})

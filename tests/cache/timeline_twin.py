@@ -10,17 +10,21 @@ from tests.cache.twins import Cache, Lru
 class Link:
     """Carries one expert at a time, first come first served; the fixed time of a read overlaps the transfers before it."""
 
-    def __init__(self, device, expert_bytes):
+    def __init__(self, device, expert_bytes, reading):
         self.transfer, self.fixed, self.depth = expert_bytes / device.bytes_per_s, device.fixed_s, device.queue_depth
-        self.free_at = 0.0
+        self.reading, self.free_at = reading, 0.0
 
     def demand(self, issued):
         self.free_at = max(self.free_at, issued + self.fixed) + self.transfer
         return self.free_at
 
     def ahead(self, start):
-        self.free_at = start + self.fixed + self.transfer
+        self.free_at = start + self.ahead_s
         return self.free_at
+
+    @property
+    def ahead_s(self):
+        return self.fixed + self.transfer / self.reading
 
 
 class Reader:
@@ -43,7 +47,7 @@ class Reader:
         self.foreseen = [item for item in self.foreseen if item[0] >= layer]
         while self.foreseen and len(self.staged) < self.room:
             start = max(self.link.free_at, now)
-            whole = self.link.fixed + self.link.transfer
+            whole = self.link.ahead_s
             early = min(whole, demand - start)
             best = min(self.foreseen, key=lambda item: item[1])  # of the likeliest the one foreseen first
             p = self.chance(best[1])
@@ -59,16 +63,30 @@ class Reader:
                 self.outcomes[-int(self.levels[token, layer, expert])].append(key in wanted)
 
 
-def finish(begun, work, last, pace):
-    """Slow until the last landing, at full speed from then on."""
-    return min(begun + work / pace, max(begun, last) + work - max(0, last - begun) * pace) if last > begun else begun + work
+def run_beside(begun, work, ends, block):
+    """When ``work`` is done, and when the reads are that end at ``ends`` without it: step by step, from event to event."""
+    now, left = begun, {number: end - begun for number, end in enumerate(ends) if end > begun}
+    ends = list(ends)
+    while left:
+        soonest = min(left.values())
+        until = min(soonest / block.reading_beside_compute, work / block.pace_beside_reads)
+        now, work = now + until, work - until * block.pace_beside_reads
+        left = {number: rest - until * block.reading_beside_compute for number, rest in left.items()}
+        for number in [number for number, rest in left.items() if rest <= 1e-12]:
+            del left[number]
+            ends[number] = now
+        if work <= 1e-12:
+            break
+    for number, rest in left.items():
+        ends[number] = now + rest
+    return (now if work <= 1e-12 else now + work), ends
 
 
 def slow_timeline(trace, pools, device, block, expert_bytes, foresight=None, room=0):
     """Of each token ``(compute, stall, reads, useful, late, wasted)``; LRU, state kept, a trace without steps."""
     layers, experts = trace.num_moe_layers, trace.num_experts
     cache = Cache(Lru(layers, experts), pools.pool_of_layer, pools.pool_slots, experts)
-    link, now, rows = Link(device, expert_bytes), 0.0, []
+    link, now, rows = Link(device, expert_bytes, block.reading_beside_compute), 0.0, []
     reader = None if foresight is None else Reader(foresight, trace, link, room)
     lead = 0 if foresight is None else layers if foresight.lead == "token" else foresight.lead
     moments = 1 + max(0, layers - lead)
@@ -109,10 +127,11 @@ def slow_timeline(trace, pools, device, block, expert_bytes, foresight=None, roo
                 for key in gone:
                     del reader.staged[key]
             predicting = foresight.token_s / moments if reader and layer + lead < layers else 0.0
-            last, pace = max(landings, default=now), block.pace_beside_reads
-            done = finish(now, predicting + block.shared_s + at_once * block.expert_s, last, pace)
-            for there in sorted(landings):
-                done = finish(max(done, there), block.landing_s + block.expert_s, last, pace)
+            work = predicting + block.shared_s + at_once * block.expert_s
+            done, (link.free_at, *landings) = run_beside(now, work, [link.free_at, *sorted(landings)], block)
+            while landings:
+                begun_at, work = max(done, landings[0]), block.landing_s + block.expert_s
+                done, (link.free_at, *landings) = run_beside(begun_at, work, [link.free_at, *landings[1:]], block)
             if reader and layer + 1 < layers:
                 if layer + lead < layers:
                     reader.foresee(token, layer + lead, cache.slots[pools.pool_of_layer[layer + lead]])

@@ -56,12 +56,12 @@ def test_what_has_landed_is_computed_in_one_call():
 
 
 def test_compute_and_reads_slow_each_other():
-    # A read takes 2 s at full speed and 4 s at half; both end at 8 s. Until then compute has half of its speed.
+    # A read takes 2 s at full speed. Without a slowdown the two land at 2 and 4 s.
     slow = costs(expert_s=1.0, lone_expert_s=1.0, pace_beside_reads=0.5, reading_beside_compute=0.5)
-    assert slow.reading_s(2) == 4.0
-    # The resident is done at 2 s, the first miss from 4 to 6 s, the second from 8 to 9 s, when nothing is read any more.
-    assert slow.layer_s(1, 2) == pytest.approx(9)
-    # Six residents: 4 s of work beside the one read's 4 s are 2 s done; 4 more end at 8 s, and the miss at 9 s.
+    # The resident is done at 2 s, when 1 s is read: landings at 3 and 5 s. The first miss takes from 3 to 5 s, when 1 s of the
+    # second is left: it lands at 6 s and is done at 7 s.
+    assert slow.layer_s(1, 2) == pytest.approx(7)
+    # Six residents: 2 s of work in the 4 s of the one read; 4 more end at 8 s, and the miss at 9 s.
     assert slow.layer_s(6, 1) == pytest.approx(4 + 4 + 1)
     assert speed(slow, np.array([0, 0, 1.0])).floor_s == pytest.approx(3 * 4), "the floor is of undisturbed reads"
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from swapless.cache._loop import gather
 from swapless.cache.compiled import compiled, compiled_apart
-from swapless.cache.pace import computed
+from swapless.cache.pace import computed, landed
 from swapless.cache.policy import on_document, on_scores
 from swapless.cache.serve import serve
 
@@ -16,7 +16,7 @@ from swapless.cache.serve import serve
 class Costs(NamedTuple):
     """Seconds: ``transfer_s`` one expert over the link, ``fixed_s`` a read's other time, ``attention_s`` and ``shared_s`` a
     block, ``expert_s`` one expert, ``landing_s`` what one that is waited for costs besides; ``depth`` reads in flight;
-    ``pace`` of compute while demand reads are under way, 1 if they do not disturb it."""
+    ``pace`` of compute beside reads and ``reading`` of reads beside compute, 1 if neither disturbs the other."""
 
     transfer_s: float
     fixed_s: float
@@ -26,6 +26,7 @@ class Costs(NamedTuple):
     expert_s: float
     landing_s: float
     pace: float
+    reading: float
 
 
 class Ahead(NamedTuple):
@@ -106,7 +107,7 @@ def _read_ahead(now: float, demand: float, link: float, moe_layer: int, num_expe
     ``demand`` is when the next demand read may come. A read that begins before it saves the part until then if it is wanted,
     and costs the rest, by which it holds demand reads up, if it is not. It is begun if the first, times its chance, is more.
     """
-    read = costs.fixed_s + costs.transfer_s
+    read = costs.fixed_s + costs.transfer_s / costs.reading
     while ahead.ends[0] < ahead.ends[1] and ahead.queue[ahead.ends[0]] < moe_layer * num_experts:
         ahead.ends[0] += 1  # gone past already
     start = max(link, now)
@@ -153,13 +154,13 @@ def timeline_calls(
     buffers: Any,
     costs: Any,
     ahead: Any,
-    landed: Any,
+    landings: Any,
     clock: Any,
     times: Any,
 ) -> None:
     """Run the calls ``first_call .. end_call - 1``; ``clock`` float64 (2,) holds the time and when the link is free.
 
-    ``landed`` float64 (E,) is room for the landing times of one demand set.
+    ``landings`` float64 (E,) is room for the landing times of one demand set.
     """
     b = buffers
     layers = ids.shape[1]
@@ -209,16 +210,16 @@ def timeline_calls(
                         times.late[c] += 1
                     times.ahead[c] += 1
                 else:
-                    issued = now if misses < costs.depth else max(now, landed[misses - costs.depth])
+                    issued = now if misses < costs.depth else max(now, landings[misses - costs.depth])
                     link = max(link, issued + costs.fixed_s) + costs.transfer_s
                     there = link
                     times.reads[c] += 1
-                    landed[misses] = there
+                    landings[misses] = there
                     misses += 1
                     continue
                 # What was read ahead is computed with the residents, or when it lands.
                 if there > now:
-                    landed[misses] = there
+                    landings[misses] = there
                     misses += 1
                 else:
                     hits += 1
@@ -229,19 +230,23 @@ def timeline_calls(
                     times.ahead[c] += 1
             target = moe_layer + ahead.lead[0]  # a prediction for it may use the routing of this MoE layer
             predicting = ahead.pass_s[0] if foresee and target < layers else 0.0
-            reading = now
+            busy = computed(now, predicting + costs.shared_s + hits * costs.expert_s, link, costs.pace, costs.reading)
+            link = landed(link, now, busy, costs.reading)
             for i in range(misses):
-                reading = max(reading, landed[i])
-            busy = computed(now, predicting + costs.shared_s + hits * costs.expert_s, reading, costs.pace)
+                landings[i] = landed(landings[i], now, busy, costs.reading)
             for i in range(misses):
                 soonest = i
                 for j in range(i + 1, misses):
-                    if landed[j] < landed[soonest]:
+                    if landings[j] < landings[soonest]:
                         soonest = j
-                there = landed[soonest]
-                landed[soonest] = landed[i]
-                landed[i] = there
-                busy = computed(max(busy, there), costs.landing_s + costs.expert_s, reading, costs.pace)
+                there = landings[soonest]
+                landings[soonest] = landings[i]
+                landings[i] = there
+                resumed = max(busy, there)
+                busy = computed(resumed, costs.landing_s + costs.expert_s, link, costs.pace, costs.reading)
+                link = landed(link, resumed, busy, costs.reading)
+                for j in range(i + 1, misses):
+                    landings[j] = landed(landings[j], resumed, busy, costs.reading)
             if foresee and moe_layer + 1 < layers:
                 if target < layers:
                     _want(ahead.levels[row], num_experts, target, residency.slot_of_key, ahead)

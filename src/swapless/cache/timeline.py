@@ -1,7 +1,8 @@
 """Time on a device: what the misses of a policy cost when every byte is charged and compute runs beside the reads.
 
 Per block: attention and the router run, the distinct experts are known, all misses are issued at once, the shared expert and
-the residents are computed while they stream, and each miss is computed as it lands.
+the residents are computed while they stream, and each miss is computed as it lands. Compute and reads may slow each other
+(``cache/pace``).
 
 Reads for what a predictor foresees land in a staging area beside the cache, so that they never evict anything, and begin only
 while the link is idle. They cannot be interrupted, so one may hold up the demand reads that come next. It is begun if it is
@@ -48,11 +49,13 @@ class BlockTime:
     pace_beside_reads : float
         Speed of compute while the experts of its block are being read, over its speed alone: readers, drivers and host want
         processor and memory too. What is lost by it counts as stall.
+    reading_beside_compute : float
+        Speed of reads while experts are computed, over their speed alone.
 
     Raises
     ------
     UsageError
-        A negative time, or a pace outside of (0, 1].
+        A negative time, or a share outside of (0, 1].
     """
 
     attention_s: float = 1.0e-3
@@ -60,12 +63,14 @@ class BlockTime:
     expert_s: float = 0.1e-3
     landing_s: float = 0.0
     pace_beside_reads: float = 1.0
+    reading_beside_compute: float = 1.0
 
     def __post_init__(self) -> None:
         if min(self.attention_s, self.shared_s, self.expert_s, self.landing_s) < 0:
             raise UsageError(message("A compute time must be at least 0 seconds.", got=str(self)))
-        if not 0 < self.pace_beside_reads <= 1:
-            raise UsageError(message("pace_beside_reads must be above 0 and at most 1.", got=self.pace_beside_reads))
+        if not (0 < self.pace_beside_reads <= 1 and 0 < self.reading_beside_compute <= 1):
+            what = "pace_beside_reads and reading_beside_compute must be above 0 and at most 1."
+            raise UsageError(message(what, got=str(self)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -185,13 +190,14 @@ def timeline(
     calls, block = len(setup.plan.phase), block or BlockTime()
     costs = Costs(
         *(size / device.bytes_per_s, device.fixed_s, device.queue_depth),
-        *(block.attention_s, block.shared_s, block.expert_s, block.landing_s, block.pace_beside_reads),
+        *(block.attention_s, block.shared_s, block.expert_s, block.landing_s),
+        *(block.pace_beside_reads, block.reading_beside_compute),
     )
     ahead = _ahead(seen, trace, staging_room(seen, trace, device, block=block, expert_bytes=size))
     times = Times(*(np.zeros(calls, np.float64) for _ in range(3)), *(np.zeros(calls, np.int64) for _ in range(5)))
-    landed, clock = np.zeros(trace.num_experts), np.zeros(2)
+    landings, clock = np.zeros(trace.num_experts), np.zeros(2)
     for piece in setup.pieces():
-        timeline_calls(*piece, costs, ahead, landed, clock, times)
+        timeline_calls(*piece, costs, ahead, landings, clock, times)
         if advance is not None:
             advance(piece[9] / calls)
     return Timeline(

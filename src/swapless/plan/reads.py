@@ -68,8 +68,8 @@ class Reads:
     def costs(self, form: OpenCheckpoint, beside_bytes_per_s: float | None) -> dict[str, Any]:
         """What :class:`~swapless.plan.speed.Costs` say about the reads of ``form``: ``opened``, or how it would be packed.
 
-        ``beside_bytes_per_s`` is what they reach while experts are computed. Where it is not known, a copy into the slot is
-        all that slows them.
+        ``beside_bytes_per_s`` is what they reach while experts are computed, None if that is not known. A copy into the slot,
+        where one is needed, is part of a read.
         """
         found, read_bytes, parts, copied = self._probe, self._bytes, self._parts, self._bounce_bytes > 0
         if self._planned(form):  # blocks that are not there yet
@@ -77,14 +77,13 @@ class Reads:
             read_bytes = max(layer.block_bytes for layer in form.manifest.moe_layers)
             parts, copied = block_parts(read_bytes), False
             found = self._at(read_bytes // parts)
-        alone = found.best_bytes_per_s
-        share = 1 / (1 + alone / self._machine.copy_bytes_per_s) if copied else 1.0
-        if beside_bytes_per_s is not None:
-            share = min(1.0, beside_bytes_per_s / alone)
+        copy_s = 1 / self._machine.copy_bytes_per_s if copied else 0.0
+        alone = {depth: 1 / (1 / rate + copy_s) for depth, rate in found.bytes_per_s.items() if depth <= found.depth}
+        share = 1.0 if beside_bytes_per_s is None else min(1.0, beside_bytes_per_s / max(alone.values()))
         return {
             "read_bytes": read_bytes,
             "parts": parts,
-            "bytes_per_s": {depth: rate for depth, rate in found.bytes_per_s.items() if depth <= found.depth},
+            "bytes_per_s": alone,
             "reading_beside_compute": share,
         }
 

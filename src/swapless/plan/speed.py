@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from swapless.cache.pace import computed
+from swapless.cache.pace import computed, landed
 
 GATE_RECALL = 0.8
 """Share of the next MoE layer's experts that its router names when asked early: 0.74 to 0.89 were measured, at leads of two and
@@ -41,7 +41,7 @@ class Costs:
     pace_beside_reads : float
         Share of its speed that compute keeps while reads are under way.
     reading_beside_compute : float
-        Share of the bandwidth that reads keep while experts are computed, their copy into the slot included.
+        Share of the bandwidth that reads keep while experts are computed.
     """
 
     num_moe_layers: int
@@ -56,10 +56,10 @@ class Costs:
     reading_beside_compute: float = 1.0
 
     def reading_s(self, misses: float) -> float:
-        """Seconds an expert's read takes beside compute, where so many are asked for at once."""
+        """Seconds an expert's read takes by itself, where so many are asked for at once."""
         flight = misses * self.parts
         depth = max((depth for depth in self.bytes_per_s if depth <= flight), default=min(self.bytes_per_s))
-        return self.read_bytes / (self.bytes_per_s[depth] * self.reading_beside_compute)
+        return self.read_bytes / self.bytes_per_s[depth]
 
     def together_s(self, experts: int) -> float:
         """Seconds of so many experts in one call: what is measured for one and for K, and a straight line between them."""
@@ -70,18 +70,23 @@ class Costs:
 
     def layer_s(self, hits: int, misses: int) -> float:
         """Seconds of one MoE layer's experts, from the moment they are known."""
-        read, done = self.reading_s(misses), 0
-        over = misses * read
-        busy = self._computed(0.0, hits, over)
-        while done < misses:
-            busy = max(busy, (done + 1) * read)
-            landed = min(misses, max(done + 1, int(busy / read))) if read else misses
-            busy = self._computed(busy, landed - done, over)
-            done = landed
+        read = self.reading_s(misses)
+        landings = [(number + 1) * read for number in range(misses)]
+        busy, landings = self._call(0.0, hits, landings)
+        while landings:
+            begun = max(busy, landings[0])
+            there = sum(landing <= begun for landing in landings)
+            busy, landings = self._call(begun, there, landings[there:])
         return busy
 
-    def _computed(self, begun: float, experts: int, reading_until: float) -> float:
-        return float(computed.py_func(begun, self.together_s(experts), reading_until, self.pace_beside_reads))
+    def _call(self, begun: float, experts: int, landings: list[float]) -> tuple[float, list[float]]:
+        """When a call of ``experts`` is done, and when what is still being read lands with it."""
+        done = computed.py_func(begun, self.together_s(experts), max(landings, default=begun), *self._shares)
+        return float(done), [float(landed.py_func(landing, begun, done, self._shares[1])) for landing in landings]
+
+    @property
+    def _shares(self) -> tuple[float, float]:
+        return self.pace_beside_reads, self.reading_beside_compute
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,7 +143,7 @@ def speed_ahead(costs: Costs, misses: np.ndarray, recall: float = GATE_RECALL) -
     missing = _mean(misses)
     if not missing:
         return speed(costs, misses)
-    read_s = costs.reading_s(missing)
+    read_s = costs.reading_s(missing) / costs.reading_beside_compute
     before = speed(costs, misses)
     idle_s = max(0.0, before.token_s / layers - missing * read_s)
     ahead = min(missing, idle_s / read_s)
