@@ -349,7 +349,8 @@ def main() -> None:
                 f"round {number + 1}: {row['capacity_experts']:3d} experts, hit {row['hit_rate']:.3f}, predicted "
                 f"{row['predicted_tokens_per_s']:.2f}, measured {row['tokens_per_s']:.2f} tok/s; ms a token: resident "
                 f"{1e3 * compute['token_s']:.0f}, stall {1e3 * row['stall_s_per_token']:.0f}, stolen "
-                f"{1e3 * row['stolen_s_per_token']:.0f}; pace {row['pace_beside_reads']:.2f}, reading {row['reading_beside_compute']:.2f}, depth {row['depth']}, "
+                f"{1e3 * row['stolen_s_per_token']:.0f}; pace {row['pace_beside_reads']:.2f}, reads' "
+                f"{row['reading_beside_compute']:.2f}, depth {row['depth']}, "
                 f"{1e-6 * row['read_bytes_per_s']:.0f} MB/s",
                 file=sys.stderr,
                 flush=True,

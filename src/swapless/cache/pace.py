@@ -1,8 +1,8 @@
 """What compute and reads take from each other: one rule for the timeline and for what a plan expects.
 
 While both are under way, compute keeps the share ``pace`` of its speed and reads the share ``reading`` of theirs; as soon as
-one has nothing left to do, the other has all of its own again. Times are seconds. A landing is when a read is over if nothing is
-computed from now on; :func:`landed` moves it by what is computed meanwhile.
+one has nothing left to do, the other has all of its own again. Times are seconds. A landing is when a read is over if nothing
+is computed from now on; :func:`landed` moves it by what is computed meanwhile.
 """
 
 from __future__ import annotations
