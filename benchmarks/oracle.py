@@ -42,6 +42,8 @@ from swapless.oracle.train import train
 RATES = (0.01, 0.02, 0.04)
 BUDGET = 0.06
 """Experts changed a token that a gate may spend in training; the bar is 0.1 on held-out text."""
+HORIZON = 48.0
+"""Tokens over which a theme forgets, where it does."""
 TOKEN_GATE = 0.2
 """A gate that looks at tokens learns as fast as embeddings do; one that begins as the oracle keeps the recipe's slower rate."""
 ROUTERS: dict[str, dict[str, Any]] = {
@@ -51,6 +53,9 @@ ROUTERS: dict[str, dict[str, Any]] = {
     "oracle": {"changes": {"change_budget": BUDGET}},
     "prefix-mean": {},
     "hash-document": {},
+    "theme-gate-forgets": {"router": "theme-gate", "changes": {"theme_tokens": HORIZON, "change_budget": BUDGET}},
+    "oracle-forgets": {"router": "oracle", "changes": {"theme_tokens": HORIZON, "change_budget": BUDGET}},
+    "prefix-mean-forgets": {"router": "prefix-mean", "changes": {"theme_tokens": HORIZON}},
     "theme-gate-fast": {"router": "theme-gate", "gate_lr_share": 0.1, "changes": {"change_budget": BUDGET}},
     "theme-gate-slow": {"router": "theme-gate", "changes": {"memory_tokens": 0.0, "change_budget": BUDGET}},
     "switch-budget": {"router": "switch", "changes": {"change_budget": BUDGET}},
@@ -62,7 +67,7 @@ ROUTERS: dict[str, dict[str, Any]] = {
     "oracle-switch-warmup": {"router": "oracle", "warmup": "switch"},
 }
 """Runs of the stage `twins` in their order: the question first, then the guards, then the rest."""
-NOT_WINNERS = ("dense", "switch", "hash-document", "prefix-mean", "oracle-paper")
+NOT_WINNERS = ("dense", "switch", "hash-document", "prefix-mean", "prefix-mean-forgets", "oracle-paper")
 MOST_CHANGES, LEAST_EXPERTS = 10.0, 3.0
 
 

@@ -54,6 +54,8 @@ class OracleMoeConfig(PreTrainedConfig):
         Dimensions of the oracle space (D6).
     centre : bool
         Whether the space is centred before its decomposition (D7).
+    theme_tokens : float, optional
+        The mean of a group, or of the document (``prefix-mean``), forgets over about so many tokens; None never forgets.
     memory_tokens : float
         ``theme-gate`` also sees a mean that forgets over about so many tokens; 0 for none.
     change_budget : float, optional
@@ -94,6 +96,7 @@ class OracleMoeConfig(PreTrainedConfig):
     epsilon: float = 0.01
     space_rank: int = 16
     centre: bool = False
+    theme_tokens: float | None = None
     memory_tokens: float = 8.0
     change_budget: float | None = None
     sticky_weight: float = 0.3
@@ -126,6 +129,8 @@ class OracleMoeConfig(PreTrainedConfig):
             _refuse("group_fraction", self.group_fraction, "over 0, at most 1")
         if not 1 <= self.space_rank <= self.hidden_size:
             _refuse("space_rank", self.space_rank, f"1 to {self.hidden_size}, the hidden size")
+        if self.theme_tokens is not None and self.theme_tokens < 1:
+            _refuse("theme_tokens", self.theme_tokens, "1 or more, or None")
         if self.change_budget is not None and not 0 < self.change_budget <= self.num_experts_per_tok:
             _refuse("change_budget", self.change_budget, f"over 0, at most {self.num_experts_per_tok} (K)")
 

@@ -18,6 +18,7 @@ _ROUTER_VALUES = (
     "epsilon",
     "space_rank",
     "centre",
+    "theme_tokens",
     "memory_tokens",
     "change_budget",
     "sticky_weight",

@@ -67,7 +67,11 @@ def mean_of_slots(h_BND: Tensor, slot: np.ndarray, state: RouterState, name: str
 
 def recent_mean(h_BND: Tensor, tokens: float, view: View, state: RouterState, name: str) -> Tensor:
     """Mean of the document that forgets over about ``tokens`` tokens, float32 (B, N, D)."""
-    return mean_of_slots(h_BND, view.documents.number, state, name, decay=1 - 1 / tokens)
+    return mean_of_slots(h_BND, view.documents.number, state, name, _decay(tokens))
+
+
+def _decay(tokens: float | None) -> float:
+    return 1.0 if tokens is None else 1 - 1 / tokens
 
 
 def theme_of(view: View, config: OracleMoeConfig, tau: float, state: RouterState) -> Tensor:
@@ -82,7 +86,7 @@ def _token(view: View, config: OracleMoeConfig, tau: float, state: RouterState) 
 def _group(view: View, config: OracleMoeConfig, tau: float, state: RouterState) -> Tensor:
     limit = tau / view.documents.rank
     slot = extend_groups(view.probabilities().numpy(), view.documents, limit, config.group_fraction, state)
-    return mean_of_slots(view.hidden_BND, slot, state, "group")
+    return mean_of_slots(view.hidden_BND, slot, state, "group", _decay(config.theme_tokens))
 
 
 def _paper_group(view: View, config: OracleMoeConfig, tau: float, state: RouterState) -> Tensor:
@@ -112,7 +116,7 @@ def _attention_output(view: View, config: OracleMoeConfig, tau: float, state: Ro
 
 
 def _prefix(view: View, config: OracleMoeConfig, tau: float, state: RouterState) -> Tensor:
-    return mean_of_slots(view.hidden_BND, view.documents.number, state, "prefix")
+    return mean_of_slots(view.hidden_BND, view.documents.number, state, "prefix", _decay(config.theme_tokens))
 
 
 def _nothing(view: View, config: OracleMoeConfig, tau: float, state: RouterState) -> Tensor:

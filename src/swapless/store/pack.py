@@ -212,29 +212,27 @@ def _read_journal(path: Path) -> dict[str, Any]:
 def _write_blocks(
     writer: FileWriter, moe_layer: int, num_experts: int, block_bytes: int, source: Source, report: Report
 ) -> list[str]:
-    """Read the next expert and write the last one while this one is converted: two slots and two blocks at once."""
+    """Read the next expert, and write the last one and hash it, while this one is converted: two slots, two blocks."""
     slots = [aligned_buffer(source.slot_bytes) for _ in range(2)]
     blocks = [aligned_buffer(block_bytes)[:block_bytes] for _ in range(2)]
-    checksums = []
+    checksums: list[str] = []
 
-    def write(block: np.ndarray) -> str:
-        writer.write(block)
+    def checksum(block: np.ndarray) -> str:
         return hashlib.sha256(block.data).hexdigest()
 
-    with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as scribe:
+    with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as scribe, ThreadPoolExecutor(1) as notary:
         reading: Future[int] = reader.submit(source.read, moe_layer, 0, slots[0])
-        writing: Future[str] | None = None
+        last: list[Future[Any]] = []  # of the block before: its writing and its checksum
         for expert in range(num_experts):
             fetched = reading.result()
             if expert + 1 < num_experts:
                 reading = reader.submit(source.read, moe_layer, expert + 1, slots[(expert + 1) % 2])
-            source.convert(moe_layer, slots[expert % 2], blocks[expert % 2])
-            if writing is not None:
-                checksums.append(writing.result())
-            writing = scribe.submit(write, blocks[expert % 2])
+            block = blocks[expert % 2]
+            source.convert(moe_layer, slots[expert % 2], block)
+            checksums += [future.result() for future in last][1:]
+            last = [scribe.submit(writer.write, block), notary.submit(checksum, block)]
             report(fetched + block_bytes)
-        assert writing is not None, "a MoE layer has experts"
-        checksums.append(writing.result())
+        checksums += [future.result() for future in last][1:]
     return checksums
 
 

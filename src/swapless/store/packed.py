@@ -33,8 +33,8 @@ DENSE = "model.safetensors"
 FORMAT_VERSION = 2
 
 _PART_BYTES = 3 << 20
-_AHEAD = 2
-"""Blocks that are read ahead when all are read: what keeps a disk busy."""
+_AT_ONCE = 3
+"""Blocks that are checked at once: some are read while others are hashed."""
 
 _SAMPLES = 64
 _SAMPLE_BYTES = 4096
@@ -343,24 +343,25 @@ def verify_packed(folder: Path) -> Iterator[tuple[str, int, bool]]:
         yield name, int(entry["bytes"]), file_checksum(folder / name) == entry["sha256"]
     blocks = [(number, expert) for number, layer in enumerate(manifest.moe_layers) for expert in range(layer.num_experts)]
     size = max(layer.block_bytes for layer in manifest.moe_layers)
-    buffers = [aligned_buffer(size) for _ in range(_AHEAD + 1)]
+    buffers = [aligned_buffer(size) for _ in range(_AT_ONCE)]
     store = PackedStore(folder, manifest.moe_layers)
 
-    def read(place: int) -> None:
+    def holds(place: int) -> bool:
         number, expert = blocks[place]
+        buffer, layer = buffers[place % _AT_ONCE], manifest.moe_layers[number]
         for part in range(store.parts(number, expert)):
-            store.read_part(number, expert, part, buffers[place % len(buffers)], buffers[0][:0])
+            store.read_part(number, expert, part, buffer, buffer[:0])
+        return hashlib.sha256(buffer[: layer.block_bytes].data).hexdigest() == layer.checksums[expert]
 
     try:
-        with ThreadPoolExecutor(_AHEAD) as readers:  # the next blocks are read while one is looked at
-            reads = [readers.submit(read, place) for place in range(min(_AHEAD, len(blocks)))]
+        with ThreadPoolExecutor(_AT_ONCE) as readers:
+            checks = [readers.submit(holds, place) for place in range(min(_AT_ONCE, len(blocks)))]
             for place, (number, expert) in enumerate(blocks):
-                reads[place].result()
-                if place + _AHEAD < len(blocks):
-                    reads.append(readers.submit(read, place + _AHEAD))
+                held = checks[place].result()
+                if place + _AT_ONCE < len(blocks):
+                    checks.append(readers.submit(holds, place + _AT_ONCE))
                 layer = manifest.moe_layers[number]
-                found = hashlib.sha256(buffers[place % len(buffers)][: layer.block_bytes].data).hexdigest()
-                yield f"{layer.file}, expert {expert}", layer.block_bytes, found == layer.checksums[expert]
+                yield f"{layer.file}, expert {expert}", layer.block_bytes, held
     finally:
         store.close()
 

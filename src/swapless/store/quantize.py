@@ -74,7 +74,8 @@ def _quantize_8(first, end, bits, shift, rows, columns, out, scales):  # type: i
     row_bits = floats.view(np.uint32)
     peak_of = np.zeros(1, np.float32)
     peak_bits = peak_of.view(np.uint32)
-    quantized = np.zeros((ROW_BLOCK, 4 * out.shape[1]), np.int8)  # padding is a weight of zero
+    # Padding is a weight of zero. Rows are a cache line longer, for those a power of two apart fall on one another in the cache.
+    quantized = np.zeros((ROW_BLOCK, 4 * out.shape[1] + 64), np.int8)
     words = quantized.view(np.uint32)
     for block in range(first, end):
         for lane in range(ROW_BLOCK):
@@ -92,7 +93,7 @@ def _quantize_8(first, end, bits, shift, rows, columns, out, scales):  # type: i
             for column in range(columns):
                 scaled = floats[column] * inverse + np.float32(128.5)  # positive, so that cutting off rounds
                 quantized[lane, column] = min(np.int32(scaled), np.int32(255)) - np.int32(128)
-        for word in range(words.shape[1]):
+        for word in range(out.shape[1]):
             for lane in range(ROW_BLOCK):
                 out[block, word, lane] = words[lane, word]
     return finite
@@ -100,52 +101,51 @@ def _quantize_8(first, end, bits, shift, rows, columns, out, scales):  # type: i
 
 @_compiled
 def _quantize_4(first, end, bits, shift, rows, columns, out, scales, zeros, group):  # type: ignore[no-untyped-def]
-    finite = True
-    groups = scales.shape[1]
-    floats = np.zeros(groups * group, np.float32)  # padding is a weight of zero
-    row_bits = floats.view(np.uint32)
-    quantized = np.zeros((ROW_BLOCK, groups * group), np.uint8)
-    eights = quantized.view(np.uint64)
-    lows, highs = np.zeros(8, np.float32), np.zeros(8, np.float32)
-    step_of = np.zeros(1, np.float32)
+    """Group by group, the rows of a block side by side: what differs between rows is a vector, and nothing is shuffled."""
+    floats = np.zeros((group, ROW_BLOCK), np.float32)
+    tile = floats.view(np.uint32)
+    low, high = np.empty(ROW_BLOCK, np.float32), np.empty(ROW_BLOCK, np.float32)
+    inverse, offset = np.empty(ROW_BLOCK, np.float32), np.empty(ROW_BLOCK, np.float32)
+    zero, step_of = np.empty(ROW_BLOCK, np.int32), np.empty(ROW_BLOCK, np.float32)
     step_bits = step_of.view(np.uint32)
+    largest = np.zeros(ROW_BLOCK, np.uint32)
     half = ROW_BLOCK // 2
     for block in range(first, end):
-        zeros[block] = 0
-        for lane in range(ROW_BLOCK):
-            row = block * ROW_BLOCK + lane
-            if row >= rows:
-                quantized[lane] = 0
-                scales[block, :, lane] = 0
-                continue
-            if _widen(bits, shift, row, columns, row_bits) >= _INFINITE:
-                finite = False
-            for g in range(groups):
-                begin = g * group
-                for i in range(8):
-                    lows[i] = highs[i] = np.float32(0)
-                for at in range(begin, begin + group, 8):
-                    for i in range(8):  # side by side, so that they are compared at once
-                        lows[i] = min(lows[i], floats[at + i])
-                        highs[i] = max(highs[i], floats[at + i])
-                low = high = np.float32(0)
-                for i in range(8):
-                    low, high = min(low, lows[i]), max(high, highs[i])
-                step_of[0] = (high - low) / np.float32(15)
-                step_bits[0] = (step_bits[0] + np.uint32(0x8000)) & np.uint32(0xFFFF0000)  # to bfloat16, halves upwards
-                step = step_of[0]
-                inverse = np.float32(1) / step if step > np.float32(0) else np.float32(0)
-                zero = min(np.float32(np.int32(np.float32(0.5) - low * inverse)), np.float32(15))
-                for i in range(begin, begin + group):
-                    scaled = floats[i] * inverse + (zero + np.float32(0.5))
-                    quantized[lane, i] = min(max(np.int32(scaled), np.int32(0)), np.int32(15))
-                scales[block, g, lane] = np.uint16(step_bits[0] >> np.uint32(16))
-                zeros[block, g, lane % half] |= np.uint8(np.int32(zero) << (4 * (lane // half)))
-        for word in range(eights.shape[1]):
-            for lane in range(ROW_BLOCK):  # the last four of eight bytes become the upper halves of the first four
-                packed = eights[lane, word]
-                out[block, word, lane] = np.uint32(packed & np.uint64(0xFFFFFFFF)) | np.uint32(packed >> np.uint64(28))
-    return finite
+        begin = block * ROW_BLOCK
+        lanes = min(ROW_BLOCK, rows - begin)
+        for g in range(scales.shape[1]):
+            width = min(group, columns - g * group)
+            if lanes < ROW_BLOCK or width < group:
+                tile[:] = np.uint32(0)  # padding is a weight of zero
+            for lane in range(lanes):
+                for i in range(width):
+                    tile[i, lane] = np.uint32(bits[begin + lane, g * group + i]) << shift
+            for lane in range(ROW_BLOCK):
+                low[lane] = high[lane] = np.float32(0)
+            for i in range(group):
+                for lane in range(ROW_BLOCK):
+                    low[lane] = min(low[lane], floats[i, lane])
+                    high[lane] = max(high[lane], floats[i, lane])
+                    largest[lane] = max(largest[lane], tile[i, lane] & np.uint32(0x7FFFFFFF))
+            for lane in range(ROW_BLOCK):
+                step_of[lane] = (high[lane] - low[lane]) / np.float32(15)
+                step_bits[lane] = (step_bits[lane] + np.uint32(0x8000)) & np.uint32(0xFFFF0000)  # to bfloat16, halves upwards
+                step = step_of[lane]
+                inverse[lane] = np.float32(1) / step if step > np.float32(0) else np.float32(0)
+                at = min(np.float32(np.int32(np.float32(0.5) - low[lane] * inverse[lane])), np.float32(15))
+                zero[lane], offset[lane] = np.int32(at), at + np.float32(0.5)
+                scales[block, g, lane] = np.uint16(step_bits[lane] >> np.uint32(16))
+            for lane in range(half):
+                zeros[block, g, lane] = np.uint8(zero[lane] | (zero[lane + half] << 4))
+            for word in range(group // 8):
+                for lane in range(ROW_BLOCK):
+                    packed = np.uint32(0)
+                    for i in range(8):  # the last four of eight columns become the upper halves of the first four
+                        scaled = floats[8 * word + i, lane] * inverse[lane] + offset[lane]
+                        value = min(max(np.int32(scaled), np.int32(0)), np.int32(15))
+                        packed |= np.uint32(value) << np.uint32(8 * (i % 4) + 4 * (i // 4))
+                    out[block, g * (group // 8) + word, lane] = packed
+    return largest.max() < _INFINITE
 
 
 def dequantize(memory: np.ndarray, layout: MatrixLayout) -> np.ndarray:
