@@ -74,7 +74,7 @@ def _quantize_8(first, end, bits, shift, rows, columns, out, scales):  # type: i
     row_bits = floats.view(np.uint32)
     peak_of = np.zeros(1, np.float32)
     peak_bits = peak_of.view(np.uint32)
-    # Padding is a weight of zero. Rows are a cache line longer, for those a power of two apart fall on one another in the cache.
+    # Padding is a weight of zero. Rows are a cache line longer: those a power of two apart fall on one another in the cache.
     quantized = np.zeros((ROW_BLOCK, 4 * out.shape[1] + 64), np.int8)
     words = quantized.view(np.uint32)
     for block in range(first, end):
