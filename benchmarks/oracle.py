@@ -42,7 +42,7 @@ from swapless.oracle.train import train
 RATES = (0.01, 0.02, 0.04)
 BUDGET = 0.06
 """Experts changed a token that a gate may spend in training; the bar is 0.1 on held-out text."""
-HORIZON = 48.0
+HORIZON, SOON = 48.0, 16.0
 """Tokens over which a theme forgets, where it does."""
 TOKEN_GATE = 0.2
 """A gate that looks at tokens learns as fast as embeddings do; one that begins as the oracle keeps the recipe's slower rate."""
@@ -54,6 +54,7 @@ ROUTERS: dict[str, dict[str, Any]] = {
     "prefix-mean": {},
     "hash-document": {},
     "theme-gate-forgets": {"router": "theme-gate", "changes": {"theme_tokens": HORIZON, "change_budget": BUDGET}},
+    "theme-gate-forgets-soon": {"router": "theme-gate", "changes": {"theme_tokens": SOON, "change_budget": BUDGET}},
     "oracle-forgets": {"router": "oracle", "changes": {"theme_tokens": HORIZON, "change_budget": BUDGET}},
     "prefix-mean-forgets": {"router": "prefix-mean", "changes": {"theme_tokens": HORIZON}},
     "theme-gate-fast": {"router": "theme-gate", "gate_lr_share": 0.1, "changes": {"change_budget": BUDGET}},

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from swapless.cache import POLICIES
-from swapless.plan.hollow import hollow_model, hollow_step
+from swapless.plan.hollow import HollowRun, hollow_model
 from swapless.plan.products import expert_time, linears_s
 from swapless.runtime.budget import plan_budget
 from swapless.runtime.door import IMPLEMENTATION, experts_of
@@ -35,7 +35,17 @@ def test_the_kv_cache_is_as_large_as_the_real_one(name: str) -> None:
 def test_a_step_runs_the_engine_and_counts_the_linear_layers(opened: Any) -> None:
     budget = plan_budget(total_bytes=None, resident_share=0.5, fixed_parts={}, **budget_shape(opened, 64, []))
     model = hollow_model(opened)
-    step = hollow_step(model, opened, POLICIES.get("next_use")(), budget, steps=3)
+    asked = []
+
+    def compute(module: Any, moe_layer: int, blocks: Any, hidden: Any) -> list[torch.Tensor]:
+        asked.append((moe_layer, len(blocks)))
+        return [torch.zeros_like(tokens) for tokens in hidden]
+
+    with HollowRun(model, opened, POLICIES.get("next_use")(), budget) as hollow:
+        step = hollow.step(steps=3)
+        assert 0 < hollow.experts_s(compute, steps=2) < 10
+    layers, top_k = len(opened.layout.moe_layers), opened.experts_a_token // len(opened.layout.moe_layers)
+    assert asked[:layers] == [(layer, top_k) for layer in range(layers)], "in one call a MoE layer: all are resident"
     assert step.seconds > 0
     assert sum(step.linears.values()) == 6 * 4 + 1, "q, k, v, o of six blocks, and the head"
     assert all(linear.inputs == 192 for linear in step.linears if not linear.path.endswith("o_proj"))

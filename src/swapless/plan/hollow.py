@@ -21,6 +21,7 @@ from swapless.cache.policy import Policy
 from swapless.cache.residency import layer_pools
 from swapless.cache.serve import ExpertCache
 from swapless.runtime.budget import Budget
+from swapless.runtime.compute import Experts
 from swapless.runtime.door import IMPLEMENTATION, experts_of, skeleton, strip_experts
 from swapless.runtime.engine import Engine
 from swapless.runtime.memory import MemoryMeter
@@ -32,6 +33,7 @@ from swapless.trace import TraceHeader
 
 _PROMPT_TOKENS = 16
 _WARM_UP = 3
+_MOST_TOKENS = 1024
 
 
 class Linear(NamedTuple):
@@ -90,44 +92,80 @@ def _answer(width: int, dtype: torch.dtype | None) -> Any:
     return forward
 
 
-@torch.inference_mode()
-def hollow_step(model: PreTrainedModel, opened: OpenCheckpoint, policy: Policy, budget: Budget, steps: int = 12) -> HollowStep:
-    """Time a decode step of a hollow model with the real engine around experts that are all there and weigh nothing.
+class HollowRun:
+    """A hollow model that decodes, with the real engine around experts that are all there; a context manager.
 
     Parameters
     ----------
     model : PreTrainedModel
-        From :func:`hollow_model`; it belongs to the engine from now on.
+        From :func:`hollow_model`; it belongs to the run from now on.
+    opened : OpenCheckpoint
+        What it is the model of.
     policy : Policy
         Kept busy as in a run.
     budget : Budget
         Any of this model.
-    steps : int
-        Timed steps, of which the median counts.
     """
-    called: Counter[Linear] = Counter()
-    counting = [False]
-    for path, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear):
-            key = Linear(path, module.in_features, module.out_features, module.bias is not None)
-            module.register_forward_pre_hook(lambda *_, key=key: called.update([key] if counting[0] else ()))
-    with _engine(opened, policy, budget) as engine:
-        for moe_layer, (_, module) in enumerate(experts_of(model)):
-            module.swapless_engine = engine  # type: ignore[assignment]
-            module.swapless_moe_layer = moe_layer  # type: ignore[assignment]
-        StepHooks(engine, _PROMPT_TOKENS + _WARM_UP + steps + 1).attach(model)
-        cache, seconds = None, []
-        for number in range(1 + _WARM_UP + steps):
-            ids = torch.ones((1, 1 if number else _PROMPT_TOKENS), dtype=torch.long)
-            counting[0] = number == _WARM_UP
-            begun = time.perf_counter()
-            output = model(input_ids=ids, past_key_values=cache, use_cache=True)
-            seconds.append(time.perf_counter() - begun)
-            cache = getattr(output, "past_key_values", None)
-    return HollowStep(statistics.median(seconds[1 + _WARM_UP :]), dict(called))
+
+    def __init__(self, model: PreTrainedModel, opened: OpenCheckpoint, policy: Policy, budget: Budget) -> None:
+        self._model: Any = model
+        self._called: Counter[Linear] = Counter()
+        self._counting = False
+        self._experts: Experts = _zero_experts
+        self._experts_s = 0.0
+        self._cache: Any = None
+        for path, module in model.named_modules():
+            if isinstance(module, torch.nn.Linear):
+                key = Linear(path, module.in_features, module.out_features, module.bias is not None)
+                module.register_forward_pre_hook(lambda *_, key=key: self._called.update([key] if self._counting else ()))
+        self._engine = _engine(opened, policy, budget, self._compute)
+        for moe_layer, (_, experts) in enumerate(experts_of(model)):
+            experts.swapless_engine = self._engine  # type: ignore[assignment]
+            experts.swapless_moe_layer = moe_layer  # type: ignore[assignment]
+        StepHooks(self._engine, _MOST_TOKENS).attach(model)
+
+    def __enter__(self) -> HollowRun:
+        self._forward(_PROMPT_TOKENS)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._engine.close()
+
+    def step(self, steps: int = 12) -> HollowStep:
+        """The median of so many steps whose experts answer zero at once."""
+        seconds = [self._forward(1) for _ in range(_WARM_UP + steps)][_WARM_UP:]
+        self._counting = True
+        self._forward(1)
+        self._counting = False
+        return HollowStep(statistics.median(seconds), dict(self._called))
+
+    def experts_s(self, experts: Experts, steps: int = 12) -> float:
+        """Seconds a step spends in ``experts``, with other work in between as in a run: no cache and no thread stays warm."""
+        self._experts, seconds = experts, []
+        for _ in range(_WARM_UP + steps):
+            self._experts_s = 0.0
+            self._forward(1)
+            seconds.append(self._experts_s)
+        self._experts = _zero_experts
+        return statistics.median(seconds[_WARM_UP:])
+
+    @torch.inference_mode()
+    def _forward(self, tokens: int) -> float:
+        begun = time.perf_counter()
+        output = self._model(input_ids=torch.ones((1, tokens), dtype=torch.long), past_key_values=self._cache, use_cache=True)
+        self._cache = getattr(output, "past_key_values", None)
+        return time.perf_counter() - begun
+
+    def _compute(
+        self, module: Any, moe_layer: int, blocks: Sequence[int], hidden: Sequence[torch.Tensor]
+    ) -> list[torch.Tensor]:
+        begun = time.perf_counter()
+        out = self._experts(module, moe_layer, blocks, hidden)
+        self._experts_s += time.perf_counter() - begun
+        return out
 
 
-def _engine(opened: OpenCheckpoint, policy: Policy, budget: Budget) -> Engine:
+def _engine(opened: OpenCheckpoint, policy: Policy, budget: Budget, experts: Experts) -> Engine:
     layers = opened.layout.moe_layers
     num_experts = max(layer.num_experts for layer in layers)
     header = TraceHeader(
@@ -142,7 +180,7 @@ def _engine(opened: OpenCheckpoint, policy: Policy, budget: Budget) -> Engine:
         store=store,
         cache=ExpertCache(policy, len(layers), num_experts, *layer_pools(len(layers), num_experts, budget.slots)),
         pool=pool,
-        experts=_zero_experts,
+        experts=experts,
         budget=budget,
         probe=Probe(block_bytes=0, bytes_per_s={1: 1.0}, fixed_s=0.0, depth=1, direct=False),
         meter=MemoryMeter(),

@@ -13,7 +13,7 @@ from swapless.cache import DEFAULT_POLICY, POLICIES
 from swapless.errors import BudgetError, message
 from swapless.plan.commands import commands
 from swapless.plan.hits import Hits
-from swapless.plan.hollow import hollow_model, hollow_step
+from swapless.plan.hollow import HollowRun, hollow_model
 from swapless.plan.machine import Machine
 from swapless.plan.precision import as_packed, disk_bytes
 from swapless.plan.products import expert_time, linears_s
@@ -105,26 +105,28 @@ def plan(
     if all(budget is None for *_, budget, _ in budgets):
         raise _too_small(memory_bytes, budgets)
     largest = next(budget for *_, budget, _ in budgets if budget is not None)
-    step = hollow_step(model, opened, POLICIES.get(policy)(), largest)
     module = next(module for _, module in experts_of(model))
     rows: list[SetUp] = []
     costs: dict[int, Costs] = {}
-    for number, (form, prefetch, budget, needs) in enumerate(budgets):
-        report("timing products and reads", 0.2 + 0.8 * number / len(budgets))
-        if prefetch is not None and (budget is None or budget.slots == budget.num_experts_total):
-            continue  # nothing to read ahead
-        if budget is not None and id(form) not in costs:
-            products = expert_time(form, module, reads.traffic(form))
-            costs[id(form)] = Costs(
-                num_moe_layers=len(form.layout.moe_layers),
-                top_k=form.experts_a_token // len(form.layout.moe_layers),
-                other_s=step.seconds + linears_s(form, step.linears),
-                expert_s=products.together_s,
-                lone_expert_s=products.alone_s,
-                pace_beside_reads=products.pace_beside_reads,
-                **reads.costs(form, products.read_bytes_per_s),
-            )
-        rows.append(_set_up(form, name, prefetch, policy, budget, needs, hits, costs.get(id(form)), memory_bytes, context))
+    with HollowRun(model, opened, POLICIES.get(policy)(), largest) as hollow:
+        step = hollow.step()
+        for number, (form, prefetch, budget, needs) in enumerate(budgets):
+            report("timing products and reads", 0.2 + 0.8 * number / len(budgets))
+            if prefetch is not None and (budget is None or budget.slots == budget.num_experts_total):
+                continue  # nothing to read ahead
+            if budget is not None and id(form) not in costs:
+                products = expert_time(form, module, reads.traffic(form), hollow.experts_s)
+                costs[id(form)] = Costs(
+                    num_moe_layers=len(form.layout.moe_layers),
+                    top_k=form.experts_a_token // len(form.layout.moe_layers),
+                    other_s=step.seconds + linears_s(form, step.linears),
+                    expert_s=products.together_s,
+                    lone_expert_s=products.alone_s,
+                    pace_beside_reads=products.pace_beside_reads,
+                    reading_beside_compute=products.reading_beside_compute,
+                    **reads.costs(form, products.read_bytes_per_s),
+                )
+            rows.append(_set_up(form, name, prefetch, policy, budget, needs, hits, costs.get(id(form)), memory_bytes, context))
     return Plan(
         memory_bytes=memory_bytes,
         context_tokens=context_tokens,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,14 +45,15 @@ _BESIDE_S = 0.3
 class ExpertTime:
     """Seconds of one expert for one token: ``together`` with the others of its token in one call, or ``alone``.
 
-    ``pace_beside_reads`` is the share of its speed that is left while reads are under way, and ``read_bytes_per_s`` what they
-    reach meanwhile, None where there were none.
+    ``pace_beside_reads`` is the share of its speed that is left while reads are under way. ``read_bytes_per_s`` is what reads
+    come to by themselves, and ``reading_beside_compute`` the share of it that is left meanwhile; None and 1 without reads.
     """
 
     together_s: float
     alone_s: float
     pace_beside_reads: float = 1.0
     read_bytes_per_s: float | None = None
+    reading_beside_compute: float = 1.0
 
 
 def cold_bytes(caches: Path = _CACHES) -> int:
@@ -71,7 +72,13 @@ Traffic = Callable[[], AbstractContextManager[list[int]]]
 """Reads go on for as long as it is open; the list receives the bytes of each."""
 
 
-def expert_time(opened: OpenCheckpoint, module: Any, traffic: Traffic | None = None) -> ExpertTime:
+InPlace = Callable[[Callable[..., Any]], float]
+"""Seconds a decode step spends in a computation of experts: :meth:`~swapless.plan.hollow.HollowRun.experts_s`."""
+
+
+def expert_time(
+    opened: OpenCheckpoint, module: Any, traffic: Traffic | None = None, in_place: InPlace | None = None
+) -> ExpertTime:
     """Time the experts of ``opened`` as the engine computes them, at torch's present number of threads.
 
     Parameters
@@ -82,6 +89,9 @@ def expert_time(opened: OpenCheckpoint, module: Any, traffic: Traffic | None = N
         An experts module of its model, for gate and activation; without weights.
     traffic : callable, optional
         Reads such as the engine's, to be timed beside.
+    in_place : callable, optional
+        Times them in the course of a token. Without it they are called again and again, which is faster: torch's threads are
+        awake then, and the code is in the caches.
     """
     layers = opened.layout.moe_layers
     top_k = max(1, opened.experts_a_token // len(layers))
@@ -94,19 +104,30 @@ def expert_time(opened: OpenCheckpoint, module: Any, traffic: Traffic | None = N
     def call(count: int) -> None:
         compute(module, 0, [next(slots) for _ in range(count)], [hidden] * count)
 
+    def cold(module: Any, moe_layer: int, blocks: Sequence[int], inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        return compute(module, 0, [next(slots) for _ in blocks], inputs)
+
     try:
         with torch.inference_mode():
-            together = _median_s(lambda: call(top_k)) / top_k
-            alone = _median_s(lambda: call(1))
+            together = alone = _median_s(lambda: call(1))
+            if top_k > 1:
+                together = _median_s(lambda: call(top_k)) / top_k
+            if in_place is not None:
+                slower = in_place(cold) / len(layers) / top_k / together
+                together, alone = together * slower, alone * slower
             if traffic is None:
                 return ExpertTime(together_s=together, alone_s=alone)
             some = max(1, top_k // 2)
             undisturbed = _calls_per_s(lambda: call(some))
             with traffic() as moved:
+                reading = _calls_per_s(lambda: time.sleep(_BESIDE_S / 10), moved)
                 disturbed = _calls_per_s(lambda: call(some), moved)
-            pace = min(1.0, disturbed.rate / undisturbed.rate)
             return ExpertTime(
-                together_s=together, alone_s=alone, pace_beside_reads=pace, read_bytes_per_s=disturbed.moved_bytes_per_s
+                together_s=together,
+                alone_s=alone,
+                pace_beside_reads=min(1.0, disturbed.rate / undisturbed.rate),
+                read_bytes_per_s=reading.moved_bytes_per_s,
+                reading_beside_compute=min(1.0, disturbed.moved_bytes_per_s / reading.moved_bytes_per_s),
             )
     finally:
         pool.close()

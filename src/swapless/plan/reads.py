@@ -65,11 +65,11 @@ class Reads:
         """Whether ``form`` is what ``opened`` would be packed as."""
         return self._bounce_bytes > 0 and form.manifest is not None
 
-    def costs(self, form: OpenCheckpoint, beside_bytes_per_s: float | None) -> dict[str, Any]:
+    def costs(self, form: OpenCheckpoint, read_bytes_per_s: float | None) -> dict[str, Any]:
         """What :class:`~swapless.plan.speed.Costs` say about the reads of ``form``: ``opened``, or how it would be packed.
 
-        ``beside_bytes_per_s`` is what they reach while experts are computed, None if that is not known. A copy into the slot,
-        where one is needed, is part of a read.
+        ``read_bytes_per_s`` is what the engine's own reads came to, the copy of an expert that needs one included. Where none
+        were made, the copy is taken to wait for its read.
         """
         found, read_bytes, parts, copied = self._probe, self._bytes, self._parts, self._bounce_bytes > 0
         if self._planned(form):  # blocks that are not there yet
@@ -77,14 +77,15 @@ class Reads:
             read_bytes = max(layer.block_bytes for layer in form.manifest.moe_layers)
             parts, copied = block_parts(read_bytes), False
             found = self._at(read_bytes // parts)
-        copy_s = 1 / self._machine.copy_bytes_per_s if copied else 0.0
-        alone = {depth: 1 / (1 / rate + copy_s) for depth, rate in found.bytes_per_s.items() if depth <= found.depth}
-        share = 1.0 if beside_bytes_per_s is None else min(1.0, beside_bytes_per_s / max(alone.values()))
+        best = found.best_bytes_per_s
+        if read_bytes_per_s is None:
+            read_bytes_per_s = 1 / (1 / best + 1 / self._machine.copy_bytes_per_s) if copied else best
+        share = read_bytes_per_s / best
         return {
             "read_bytes": read_bytes,
             "parts": parts,
-            "bytes_per_s": alone,
-            "reading_beside_compute": share,
+            "bytes_per_s": {depth: share * rate for depth, rate in found.bytes_per_s.items() if depth <= found.depth},
+            "link_bytes_per_s": max(best, read_bytes_per_s),
         }
 
     def _at(self, block_bytes: int) -> Probe:

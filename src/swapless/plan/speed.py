@@ -37,7 +37,9 @@ class Costs:
     parts : int
         Reads that one expert is cut into.
     bytes_per_s : mapping of int to float
-        Bandwidth by reads in flight.
+        Bandwidth by reads in flight, the copy of an expert that needs one included.
+    link_bytes_per_s : float, optional
+        Bandwidth of the link alone, which bounds everything; by default the best of those.
     pace_beside_reads : float
         Share of its speed that compute keeps while reads are under way.
     reading_beside_compute : float
@@ -52,6 +54,7 @@ class Costs:
     read_bytes: int
     parts: int
     bytes_per_s: Mapping[int, float]
+    link_bytes_per_s: float | None = None
     pace_beside_reads: float = 1.0
     reading_beside_compute: float = 1.0
 
@@ -163,5 +166,5 @@ def _mean(misses: np.ndarray) -> float:
 def _speed(costs: Costs, token_s: float, reads: float) -> Speed:
     nbytes = reads * costs.read_bytes
     compute_s = costs.other_s + costs.num_moe_layers * costs.top_k * costs.expert_s
-    floor_s = max(compute_s, nbytes / max(costs.bytes_per_s.values()))
+    floor_s = max(compute_s, nbytes / (costs.link_bytes_per_s or max(costs.bytes_per_s.values())))
     return Speed(token_s=max(token_s, floor_s), floor_s=floor_s, compute_s=compute_s, bytes_a_token=nbytes)
