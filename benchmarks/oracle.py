@@ -68,7 +68,8 @@ ROUTERS: dict[str, dict[str, Any]] = {
     "oracle-switch-warmup": {"router": "oracle", "warmup": "switch"},
 }
 """Runs of the stage `twins` in their order: the question first, then the guards, then the rest."""
-NOT_WINNERS = ("dense", "switch", "hash-document", "prefix-mean", "prefix-mean-forgets", "oracle-paper")
+GUARDS = ("hash-document", "prefix-mean", "prefix-mean-forgets")
+NOT_WINNERS = ("dense", "switch", "oracle-paper", *GUARDS)
 MOST_CHANGES, LEAST_EXPERTS = 10.0, 3.0
 
 
@@ -105,7 +106,11 @@ class Queue:
         return None
 
     def winner(self) -> str | None:
-        """The router of lowest loss among those that change few experts and still follow a text; None if there is none."""
+        """The router of lowest loss among those that change few experts and follow a text better than the guards; or None."""
+        guards = [self.result(name) for name in GUARDS]
+        if None in guards:
+            return None
+        most_joined = min(guard["figures"]["joined_loss"] for guard in guards if guard is not None)
         fit: dict[str, float] = {}
         for name in ROUTERS:
             result = None if name in NOT_WINNERS else self.result(name)
@@ -113,7 +118,9 @@ class Queue:
                 continue
             figures = result["figures"]
             rates = figures["routing"]["changes_per_100"] + figures["routing_generated"]["changes_per_100"]
-            follows = min(figures["routing_joined"]["experts_in_window"]) >= LEAST_EXPERTS
+            follows = (
+                min(figures["routing_joined"]["experts_in_window"]) >= LEAST_EXPERTS and figures["joined_loss"] < most_joined
+            )
             if max(rates) <= MOST_CHANGES and follows:
                 fit[name] = figures["held_out_loss"]
         return min(fit, key=lambda name: fit[name]) if fit else None

@@ -10,7 +10,7 @@ import torch
 
 from swapless.cache import POLICIES
 from swapless.plan.hollow import HollowRun, hollow_model
-from swapless.plan.products import expert_time, linears_s
+from swapless.plan.products import expert_time, linear_products
 from swapless.runtime.budget import plan_budget
 from swapless.runtime.door import IMPLEMENTATION, experts_of
 from swapless.runtime.dry import dry_run
@@ -44,12 +44,18 @@ def test_a_step_runs_the_engine_and_counts_the_linear_layers(opened: Any) -> Non
     with HollowRun(model, opened, POLICIES.get("next_use")(), budget) as hollow:
         step = hollow.step(steps=3)
         assert 0 < hollow.experts_s(compute, steps=2) < 10
+        before = hollow._engine.stats().decode_reads
+        assert hollow.missing_s(steps=2) > 0
+        assert hollow._engine.stats().decode_reads - before == 5 * opened.experts_a_token, "no expert is found, in any step"
+        products = linear_products(opened, step.linears)
+        assert hollow.linears_s(products, steps=2) > 0
+        head = next(linear for linear in step.linears if linear.path == "lm_head")
+        assert products["lm_head"](torch.ones(1, 1, head.inputs)).shape == (1, 1, head.outputs)
     layers, top_k = len(opened.layout.moe_layers), opened.experts_a_token // len(opened.layout.moe_layers)
     assert asked[:layers] == [(layer, top_k) for layer in range(layers)], "in one call a MoE layer: all are resident"
     assert step.seconds > 0
     assert sum(step.linears.values()) == 6 * 4 + 1, "q, k, v, o of six blocks, and the head"
     assert all(linear.inputs == 192 for linear in step.linears if not linear.path.endswith("o_proj"))
-    assert linears_s(opened, step.linears) > 0
 
 
 @pytest.mark.parametrize("bits", [16, 8, 4])

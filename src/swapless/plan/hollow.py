@@ -10,7 +10,7 @@ import copy
 import statistics
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -132,12 +132,35 @@ class HollowRun:
         self._engine.close()
 
     def step(self, steps: int = 12) -> HollowStep:
-        """The median of so many steps whose experts answer zero at once."""
-        seconds = [self._forward(1) for _ in range(_WARM_UP + steps)][_WARM_UP:]
+        """The median of so many steps whose linear layers and experts answer zero at once."""
+        seconds = self._median_s(steps)
         self._counting = True
         self._forward(1)
         self._counting = False
-        return HollowStep(statistics.median(seconds), dict(self._called))
+        return HollowStep(seconds, dict(self._called))
+
+    def linears_s(self, products: Mapping[str, Callable[[torch.Tensor], torch.Tensor]], steps: int = 12) -> float:
+        """Seconds of a step whose linear layers compute ``products``, by path, and whose experts still answer zero."""
+        modules = dict(self._model.named_modules())
+        hollow = {path: modules[path].forward for path in products}
+        for path, product in products.items():
+            modules[path].forward = product
+        try:
+            return self._median_s(steps)
+        finally:
+            for path, forward in hollow.items():
+                modules[path].forward = forward
+
+    def missing_s(self, steps: int = 12) -> float:
+        """Seconds of a hollow step that finds no expert resident and reads all of them, no bytes each."""
+        cache = self._engine._cache
+        every = np.arange(cache.num_experts)
+
+        def forget() -> None:
+            for moe_layer in range(cache.num_moe_layers):
+                cache.forget(moe_layer, every)
+
+        return self._median_s(steps, forget)
 
     def experts_s(self, experts: Experts, steps: int = 12) -> float:
         """Seconds a step spends in ``experts``, with other work in between as in a run: no cache and no thread stays warm."""
@@ -147,6 +170,13 @@ class HollowRun:
             self._forward(1)
             seconds.append(self._experts_s)
         self._experts = _zero_experts
+        return statistics.median(seconds[_WARM_UP:])
+
+    def _median_s(self, steps: int, before: Callable[[], None] = lambda: None) -> float:
+        seconds = []
+        for _ in range(_WARM_UP + steps):
+            before()
+            seconds.append(self._forward(1))
         return statistics.median(seconds[_WARM_UP:])
 
     @torch.inference_mode()

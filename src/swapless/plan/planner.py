@@ -16,7 +16,7 @@ from swapless.plan.hits import Hits
 from swapless.plan.hollow import HollowRun, hollow_model
 from swapless.plan.machine import Machine
 from swapless.plan.precision import as_packed, disk_bytes
-from swapless.plan.products import expert_time, linears_s
+from swapless.plan.products import expert_time, linear_products
 from swapless.plan.reads import Reads
 from swapless.plan.set_ups import Plan, SetUp
 from swapless.plan.speed import Costs, speed, speed_ahead
@@ -110,6 +110,7 @@ def plan(
     costs: dict[int, Costs] = {}
     with HollowRun(model, opened, POLICIES.get(policy)(), largest) as hollow:
         step = hollow.step()
+        miss_s = max(0.0, hollow.missing_s() - step.seconds) / opened.experts_a_token
         for number, (form, prefetch, budget, needs) in enumerate(budgets):
             report("timing products and reads", 0.2 + 0.8 * number / len(budgets))
             if prefetch is not None and (budget is None or budget.slots == budget.num_experts_total):
@@ -119,9 +120,10 @@ def plan(
                 costs[id(form)] = Costs(
                     num_moe_layers=len(form.layout.moe_layers),
                     top_k=form.experts_a_token // len(form.layout.moe_layers),
-                    other_s=step.seconds + linears_s(form, step.linears),
+                    other_s=hollow.linears_s(linear_products(form, step.linears)),
                     expert_s=products.together_s,
                     lone_expert_s=products.alone_s,
+                    miss_s=miss_s,
                     pace_beside_reads=products.pace_beside_reads,
                     reading_beside_compute=products.reading_beside_compute,
                     **reads.costs(form, products.read_bytes_per_s),

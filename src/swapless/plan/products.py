@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -149,20 +150,50 @@ def _calls_per_s(call: Callable[[], Any], moved: list[int] | None = None) -> _Ra
     return _Rate(calls / spent, sum((moved or [])[first:]) / spent)
 
 
-def linears_s(opened: OpenCheckpoint, called: Mapping[Linear, int]) -> float:
-    """Seconds of all linear layers of one token, in the precision that ``opened`` keeps them in.
+def linear_products(opened: OpenCheckpoint, called: Mapping[Linear, int]) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
+    """Linear layers of one token in the precision that ``opened`` keeps them in, by their paths, with random weights.
 
-    ``called`` says which there are and how often a token passes them, by :func:`~swapless.plan.hollow.hollow_step`.
+    ``called`` says which there are and how often a token passes them (:class:`~swapless.plan.hollow.HollowRun`). Layers of one
+    shape take turns with so many copies that no cache holds all that a token passes.
     """
     quantized = set(opened.layout.linear_keys.values()) if opened.manifest is not None else set()
-    seconds: dict[tuple[int, int, bool, bool], float] = {}
-    total = 0.0
+    kinds: dict[Linear, list[_Kind]] = {}
+    passed: Counter[_Kind] = Counter()
     for linear, times in called.items():
-        kind = (linear.inputs, linear.outputs, linear.bias, linear.path in quantized)
-        if kind not in seconds:
-            seconds[kind] = _linear_s(*kind, opened.layout.dtype)
-        total += times * seconds[kind]
-    return total
+        small = linear.path in quantized
+        row_bytes = linear.inputs if small else linear.inputs * opened.layout.dtype.itemsize
+        most = max(32, _MOST_BYTES // row_bytes // 32 * 32)
+        parts = [most] * (linear.outputs // most) + [linear.outputs % most] * (linear.outputs % most > 0)
+        kinds[linear] = [_Kind(linear.inputs, rows, linear.bias, small) for rows in parts]
+        for kind in kinds[linear]:
+            passed[kind] += times
+    total = sum(times * kind.nbytes(opened.layout.dtype) for kind, times in passed.items())
+    share = min(1.0, cold_bytes() / max(1, total))
+    turns = {
+        kind: itertools.cycle(
+            [_linear(*kind, opened.layout.dtype) for _ in range(min(_MOST_LINEARS, max(1, round(share * times))))]
+        )
+        for kind, times in passed.items()
+    }
+
+    def product(kinds: list[_Kind]) -> Callable[[torch.Tensor], torch.Tensor]:
+        if len(kinds) == 1:
+            return lambda x: next(turns[kinds[0]])(x.to(opened.layout.dtype))
+        return lambda x: torch.cat([next(turns[kind])(x.to(opened.layout.dtype)) for kind in kinds], dim=-1)
+
+    return {linear.path: product(parts) for linear, parts in kinds.items()}
+
+
+class _Kind(NamedTuple):
+    """Linear layers of one shape."""
+
+    inputs: int
+    rows: int
+    bias: bool
+    quantized: bool
+
+    def nbytes(self, dtype: torch.dtype) -> int:
+        return self.inputs * self.rows * (1 if self.quantized else dtype.itemsize)
 
 
 def _linear_s(inputs: int, outputs: int, bias: bool, quantized: bool, dtype: torch.dtype) -> float:

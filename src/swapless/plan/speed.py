@@ -32,6 +32,8 @@ class Costs:
         Seconds a token beside experts and reads.
     expert_s, lone_expert_s : float
         Seconds of an expert, computed with others or by itself.
+    miss_s : float
+        Seconds the engine is busy about an expert that is missing, read and product aside.
     read_bytes : int
         Bytes fetched for one expert.
     parts : int
@@ -55,6 +57,7 @@ class Costs:
     parts: int
     bytes_per_s: Mapping[int, float]
     link_bytes_per_s: float | None = None
+    miss_s: float = 0.0
     pace_beside_reads: float = 1.0
     reading_beside_compute: float = 1.0
 
@@ -75,16 +78,17 @@ class Costs:
         """Seconds of one MoE layer's experts, from the moment they are known."""
         read = self.reading_s(misses)
         landings = [(number + 1) * read for number in range(misses)]
-        busy, landings = self._call(0.0, hits, landings)
+        busy, landings = self._call(0.0, hits, landings, misses * self.miss_s)
         while landings:
             begun = max(busy, landings[0])
             there = sum(landing <= begun for landing in landings)
             busy, landings = self._call(begun, there, landings[there:])
         return busy
 
-    def _call(self, begun: float, experts: int, landings: list[float]) -> tuple[float, list[float]]:
-        """When a call of ``experts`` is done, and when what is still being read lands with it."""
-        done = computed.py_func(begun, self.together_s(experts), max(landings, default=begun), *self._shares)
+    def _call(self, begun: float, experts: int, landings: list[float], more_s: float = 0.0) -> tuple[float, list[float]]:
+        """When a call of ``experts`` and ``more_s`` of other work are done, and when what is still being read lands with it."""
+        work_s = self.together_s(experts) + more_s
+        done = computed.py_func(begun, work_s, max(landings, default=begun), *self._shares)
         return float(done), [float(landed.py_func(landing, begun, done, self._shares[1])) for landing in landings]
 
     @property
