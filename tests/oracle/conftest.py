@@ -43,13 +43,20 @@ def text(seed: int, tokens: int, rows: int = 1) -> torch.Tensor:
     return ids
 
 
+FORGETS = "theme-gate, themes forget"
+
+
+def built(name: str) -> OracleMoeForCausalLM:
+    changes = {"theme_tokens": 6.0} if name == FORGETS else {}
+    router = name.split(",")[0]
+    return build(router, **changes | ({"change_budget": 0.2} if router == "theme-gate" else {}))
+
+
 @pytest.fixture(params=sorted(ROUTERS))
 def model(request) -> OracleMoeForCausalLM:
-    budget = {"change_budget": 0.2} if request.param == "theme-gate" else {}
-    return build(request.param, **budget)
+    return built(request.param)
 
 
-@pytest.fixture(params=sorted(set(ROUTERS) - {"oracle-paper"}))
+@pytest.fixture(params=[*sorted(set(ROUTERS) - {"oracle-paper"}), FORGETS])
 def causal_model(request) -> OracleMoeForCausalLM:
-    budget = {"change_budget": 0.2} if request.param == "theme-gate" else {}
-    return build(request.param, **budget)
+    return built(request.param)

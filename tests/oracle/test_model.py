@@ -47,6 +47,17 @@ def at_once(model: OracleMoeForCausalLM, ids: torch.Tensor, mask: torch.Tensor |
     return out.logits, routed(out).view(len(out.expert_ids), *ids.shape, -1)
 
 
+def aligned(model: OracleMoeForCausalLM) -> OracleMoeForCausalLM:
+    """The model with its weights in memory of their own.
+
+    transformers leaves them where they lie in the file, and on some processors the products of MKL have another last bit where
+    that is no multiple of 16 bytes.
+    """
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+    return model.eval()
+
+
 @pytest.mark.parametrize("size", COUNTS)
 @pytest.mark.parametrize("router", ["oracle", "switch"])
 def test_the_sizes_of_the_paper(size, router):
@@ -129,10 +140,10 @@ def test_padding_on_the_left_changes_nothing(causal_model):
 
 def test_saved_and_loaded(model, tmp_path):
     model.save_pretrained(tmp_path)
-    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    again = aligned(AutoModelForCausalLM.from_pretrained(tmp_path))
     assert isinstance(AutoConfig.from_pretrained(tmp_path), OracleMoeConfig)
     ids = text(2, 40)
-    assert torch.equal(at_once(again.eval(), ids)[0], at_once(model, ids)[0])
+    assert torch.equal(at_once(again, ids)[0], at_once(model, ids)[0])
 
 
 def test_the_routers_stay_in_single_precision(tmp_path):
@@ -149,7 +160,7 @@ def test_offloaded_equals_resident(causal_model, tmp_path):
     try:
         causal_model.save_pretrained(tmp_path)
         ids = text(2, 24, rows=2)
-        resident = AutoModelForCausalLM.from_pretrained(tmp_path, experts_implementation="eager").eval()
+        resident = aligned(AutoModelForCausalLM.from_pretrained(tmp_path, experts_implementation="eager"))
         expected = resident.generate(ids, max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0)
         with swapless.load(tmp_path, resident=0.25) as offloaded, torch.no_grad():
             assert torch.equal(offloaded(ids).logits, resident(ids).logits)
@@ -203,7 +214,13 @@ def test_what_cannot_be_is_refused():
         of_size("tiny", router="themegate")
     with pytest.raises(UnknownNameError, match="295M"):
         of_size("300M")
-    for wrong in ({"moe_blocks": [4]}, {"num_experts_per_tok": 9}, {"group_fraction": 0.0}, {"num_attention_heads": 3}):
+    for wrong in (
+        {"moe_blocks": [4]},
+        {"num_experts_per_tok": 9},
+        {"group_fraction": 0.0},
+        {"theme_tokens": 0.5},
+        {"num_attention_heads": 3},
+    ):
         with pytest.raises(UsageError):
             of_size("tiny", **wrong)
     model = build("switch")
