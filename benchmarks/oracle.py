@@ -5,10 +5,10 @@
     python -m benchmarks.oracle --corpus domains.parquet --queue --only theme-gate,switch
 
 Several processes with `--queue` share the work; on few cores one thread each is best. Stages: `tune` trains `dense` and
-`switch` at three learning rates, at full length (what is best after a quarter is not best at the end); `twins` trains every
-router at the best rate of `switch` (`dense` at its own); `seeds` repeats `dense`, `switch` and the winner. Each run leaves
-`result.json` and bf16 weights in its folder, and a copy of the result in `benchmarks/results/oracle/`; the table is built from
-those.
+`switch` at three learning rates, at full length (what is best after a quarter is not best at the end), and the best of each
+with other seeds; `twins` trains every router at the best rate of `switch` (`dense` at its own), or all at `--rate`; `seeds`
+repeats `dense`, `switch` and the winner. Each run leaves `result.json` and bf16 weights in its folder, and a copy of the result
+in `benchmarks/results/oracle/`; the table is built from those.
 """
 
 from __future__ import annotations
@@ -57,6 +57,8 @@ ROUTERS: dict[str, dict[str, Any]] = {
     "theme-gate-forgets-soon": {"router": "theme-gate", "changes": {"theme_tokens": SOON, "change_budget": BUDGET}},
     "oracle-forgets": {"router": "oracle", "changes": {"theme_tokens": HORIZON, "change_budget": BUDGET}},
     "prefix-mean-forgets": {"router": "prefix-mean", "changes": {"theme_tokens": HORIZON}},
+    "oracle-forgets-soon": {"router": "oracle", "changes": {"theme_tokens": SOON, "change_budget": BUDGET}},
+    "prefix-mean-forgets-soon": {"router": "prefix-mean", "changes": {"theme_tokens": SOON}},
     "theme-gate-fast": {"router": "theme-gate", "gate_lr_share": 0.1, "changes": {"change_budget": BUDGET}},
     "theme-gate-slow": {"router": "theme-gate", "changes": {"memory_tokens": 0.0, "change_budget": BUDGET}},
     "switch-budget": {"router": "switch", "changes": {"change_budget": BUDGET}},
@@ -68,7 +70,7 @@ ROUTERS: dict[str, dict[str, Any]] = {
     "oracle-switch-warmup": {"router": "oracle", "warmup": "switch"},
 }
 """Runs of the stage `twins` in their order: the question first, then the guards, then the rest."""
-GUARDS = ("hash-document", "prefix-mean", "prefix-mean-forgets")
+GUARDS = ("hash-document", "prefix-mean", "prefix-mean-forgets", "prefix-mean-forgets-soon")
 NOT_WINNERS = ("dense", "switch", "oracle-paper", *GUARDS)
 MOST_CHANGES, LEAST_EXPERTS = 10.0, 3.0
 
@@ -130,6 +132,11 @@ class Queue:
         for rate in RATES:
             for router in ("dense", "switch"):
                 yield f"tune-{router}-{rate:g}", self.recipe(router, peak_lr=rate)
+        for seed in range(1, self.seeds):
+            for router in ("dense", "switch"):
+                rate = self.best_rate(router)
+                known = None if rate is None else self.recipe(router, peak_lr=rate, seed=seed)
+                yield f"tune-{router}-{'best' if rate is None else format(rate, 'g')}-seed{seed}", known
         for name in ROUTERS:
             rate = self.best_rate("dense" if name == "dense" else "switch")
             yield name, None if rate is None else self.recipe(name, peak_lr=rate)
