@@ -6,14 +6,20 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from benchmarks.oracle import RATES, ROUTERS, Queue
+from benchmarks.oracle import GUARDS, RATES, ROUTERS, Queue
 from swapless.oracle.recipe import Recipe
 
 
-def finish(out: Path, name: str, loss: float, changes: float = 5.0, experts: float = 4.0) -> None:
+def finish(out: Path, name: str, loss: float, changes: float = 5.0, experts: float = 4.0, joined: float = 4.0) -> None:
     (out / name).mkdir(parents=True)
     rates = {"changes_per_100": [changes] * 3, "experts_in_window": [experts] * 3}
-    figures = {"held_out_loss": loss, "routing": rates, "routing_generated": rates, "routing_joined": rates}
+    figures = {
+        "held_out_loss": loss,
+        "joined_loss": joined,
+        "routing": rates,
+        "routing_generated": rates,
+        "routing_joined": rates,
+    }
     (out / name / "result.json").write_text(json.dumps({"figures": figures}))
 
 
@@ -28,16 +34,19 @@ def test_a_queue_goes_from_rates_to_twins_to_seeds(tmp_path):
     runs = dict(queue.runs())
     assert runs["dense"].peak_lr == RATES[2] and {runs[name].peak_lr for name in ROUTERS if name != "dense"} == {RATES[0]}
     assert len({runs[name].warmup_key for name in ROUTERS if name not in ("dense", "oracle-switch-warmup")}) == 1
-    for name, loss, changes, experts in (
-        ("switch", 2.0, 70, 8),
-        ("prefix-mean", 2.05, 1, 4),
-        ("oracle", 2.1, 4, 4),
-        ("theme-gate", 2.08, 8, 4),
-        ("soft-theme", 2.01, 3, 1.5),
-        ("switch-budget", 2.02, 10.5, 8),
+    for name, loss, changes, experts, joined in (
+        ("switch", 2.0, 70, 8, 2.0),
+        ("oracle", 2.1, 4, 4, 3.0),
+        ("theme-gate", 2.08, 8, 4, 3.3),
+        ("theme-gate-slow", 2.03, 8, 4, 3.6),
+        ("soft-theme", 2.01, 3, 1.5, 3.0),
+        ("switch-budget", 2.02, 10.5, 8, 3.0),
     ):
-        finish(tmp_path, name, loss, changes, experts)
-    assert queue.winner() == "theme-gate"
+        finish(tmp_path, name, loss, changes, experts, joined)
+    assert queue.winner() is None, "the guards are not known yet"
+    for name in GUARDS:
+        finish(tmp_path, name, 2.05, 1, 4, 3.5)
+    assert queue.winner() == "theme-gate", "others lose to a guard on joined texts, keep to few experts, or change too many"
     runs = dict(queue.runs())
     assert runs["theme-gate-seed1"].seed == 1 and runs["theme-gate-seed1"].router == "theme-gate"
 
