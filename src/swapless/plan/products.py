@@ -35,7 +35,7 @@ _MOST_LINEARS = 512
 _CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 
 _MOST_BYTES = 48 << 20
-"""Of a larger matrix only the first rows are timed: time is proportional to them."""
+"""A larger matrix is cut into parts of so many, for there must be several of each."""
 
 _REPEATS = 7
 _LEAST_S = 0.05
@@ -123,12 +123,13 @@ def expert_time(
             with traffic() as moved:
                 reading = _calls_per_s(lambda: time.sleep(_BESIDE_S / 10), moved)
                 disturbed = _calls_per_s(lambda: call(some), moved)
+            share = disturbed.moved_bytes_per_s / max(1.0, reading.moved_bytes_per_s)
             return ExpertTime(
                 together_s=together,
                 alone_s=alone,
                 pace_beside_reads=min(1.0, disturbed.rate / undisturbed.rate),
                 read_bytes_per_s=reading.moved_bytes_per_s,
-                reading_beside_compute=min(1.0, disturbed.moved_bytes_per_s / reading.moved_bytes_per_s),
+                reading_beside_compute=min(1.0, max(0.01, share)),
             )
     finally:
         pool.close()
@@ -140,11 +141,11 @@ class _Rate(NamedTuple):
 
 
 def _calls_per_s(call: Callable[[], Any], moved: list[int] | None = None) -> _Rate:
-    """Calls a second for ``_BESIDE_S``, from when the first bytes have moved, and the bytes a second meanwhile."""
+    """Calls a second for ``_BESIDE_S`` or until a read more is done, once there was a first; and the bytes a second meanwhile."""
     while moved is not None and not moved:
         call()
     first, calls, begun = len(moved or ()), 0, time.perf_counter()
-    while (spent := time.perf_counter() - begun) < _BESIDE_S:
+    while (spent := time.perf_counter() - begun) < _BESIDE_S or len(moved or ()) == first > 0:
         call()
         calls += 1
     return _Rate(calls / spent, sum((moved or [])[first:]) / spent)
