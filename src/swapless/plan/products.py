@@ -141,7 +141,7 @@ class _Rate(NamedTuple):
 
 
 def _calls_per_s(call: Callable[[], Any], moved: list[int] | None = None) -> _Rate:
-    """Calls a second for ``_BESIDE_S`` or until a read more is done, once there was a first; and the bytes a second meanwhile."""
+    """Calls a second for ``_BESIDE_S`` or until one read more is done, after the first; and the bytes a second meanwhile."""
     while moved is not None and not moved:
         call()
     first, calls, begun = len(moved or ()), 0, time.perf_counter()
