@@ -63,7 +63,7 @@ def worker(asked: argparse.Namespace) -> None:
         "slots": budget.slots,
         "depth": engine.probe.depth,
         "probed_bytes_per_s": [1 / one for one in reads],
-        "peak_memory_bytes": stats.peak_memory_bytes,
+        "peak_memory_bytes": stats.peak_memory_bytes - disk.nbytes,
         "peak_memory_source": stats.peak_memory_source,
         "parts": dict(budget.parts),
     }

@@ -72,6 +72,11 @@ class Disk:
             place[:] = 1
         self._next = itertools.count()
 
+    @property
+    def nbytes(self) -> int:
+        """Memory that it holds beside the reads under way: none of it is the engine's."""
+        return sum(place.nbytes for place in self._places)
+
     def read(self, path: Path, offset: int, nbytes: int, out: np.ndarray) -> np.ndarray:
         """As :class:`~swapless.store.read.FileReader` does, and the copy."""
         got = self._reader.read(path, offset, nbytes, out)
