@@ -55,9 +55,10 @@ _PLACES = 16
 
 
 class Disk:
-    """The checkpoint's shards, probed with blocks as large as the engine's own reads.
+    """The checkpoint's shards, probed with blocks as large as the engine's own reads, into places that no cache holds.
 
-    With ``copied`` a read is over when its bytes have been copied to another place, as an expert's are into its slot.
+    With ``copied`` a read is over when its bytes have been copied to such a place, as an expert's are into its slot; else it is
+    made straight into one, as a packed block is.
     """
 
     def __init__(self, folder: Path, block_bytes: int, copied: bool = False) -> None:
@@ -67,7 +68,8 @@ class Disk:
         self._rng = np.random.default_rng(0)
         self._files = [(file, file.stat().st_size) for file in files]
         self._block_bytes = block_bytes
-        self._places = [aligned_buffer(block_bytes + BLOCK_BYTES) for _ in range(_PLACES if copied else 0)]
+        self._copied = copied
+        self._places = [aligned_buffer(block_bytes + 2 * BLOCK_BYTES) for _ in range(_PLACES)]
         for place in self._places:
             place[:] = 1
         self._next = itertools.count()
@@ -78,10 +80,12 @@ class Disk:
         return sum(place.nbytes for place in self._places)
 
     def read(self, path: Path, offset: int, nbytes: int, out: np.ndarray) -> np.ndarray:
-        """As :class:`~swapless.store.read.FileReader` does, and the copy."""
+        """As :class:`~swapless.store.read.FileReader` does, to a place of its own; a view into it, or into ``out``."""
+        place = self._places[next(self._next) % _PLACES]
+        if not self._copied:
+            return self._reader.read(path, offset, nbytes, place)
         got = self._reader.read(path, offset, nbytes, out)
-        if self._places:
-            self._places[next(self._next) % _PLACES][: len(got)] = got
+        place[: len(got)] = got
         return got
 
     def _extent(self, rng: np.random.Generator) -> Extent:
