@@ -48,7 +48,7 @@ def test_experts_are_read_as_the_engine_does() -> None:
 def test_what_a_thread_meets_is_raised_and_nobody_waits(tmp_path: Path) -> None:
     file = tmp_path / "cut"
     file.write_bytes(bytes(100_000))
-    with pytest.raises(ReadError, match=r"truncated|shorter"), blocks_traffic([file], 65_536, 1) as moved:
+    with pytest.raises(ReadError, match="truncated"), blocks_traffic([file], 65_536, 1) as moved:
         until_moved(moved, 1)
         file.write_bytes(bytes(1_000))
         deadline = time.monotonic() + 30

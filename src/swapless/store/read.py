@@ -110,6 +110,7 @@ class FileReader:
             if opened.direct and whole < wanted:
                 whole = whole // BLOCK_BYTES * BLOCK_BYTES  # a short direct read must go on from a whole block
             if whole <= done:  # nothing, or the piece of a block that only the end of a file leaves
+                self._check_unchanged(path, opened)  # it may have been cut since the read began, and that says more
                 raise ReadError(
                     message(
                         "A shard is shorter than when it was opened.",
