@@ -116,6 +116,7 @@ def plan(
             if prefetch is not None and (budget is None or budget.slots == budget.num_experts_total):
                 continue  # nothing to read ahead
             if budget is not None and id(form) not in costs:
+                hollow.attend_as(form)
                 products = expert_time(form, module, reads.traffic(form), hollow.experts_s)
                 costs[id(form)] = Costs(
                     num_moe_layers=len(form.layout.moe_layers),

@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import torch
 
-from swapless.runtime.kernels import as_inputs, product
+from swapless.runtime.kernels import RowProduct, as_inputs, product
 from swapless.store.matrix import MatrixLayout
 from swapless.store.quantize import dequantize
 
@@ -37,6 +37,7 @@ class QuantizedLinear(torch.nn.Module):
         self.in_features, self.out_features = layout.columns, layout.rows
         self.register_parameter("bias", bias)
         self._memory = torch.empty(0, dtype=torch.uint8)
+        self._one_token = RowProduct(layout)
 
     def fill(self, memory: torch.Tensor) -> None:
         """Take the weights' bytes, uint8 of ``layout.nbytes``, aligned to 64. The layer keeps them."""
@@ -51,12 +52,15 @@ class QuantizedLinear(torch.nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Inputs (..., columns) to outputs (..., rows)."""
         flat = x.reshape(-1, self.in_features)
-        address = [self._memory.data_ptr()]
-        at_once = max(1, _VALUES_BYTES // (4 * (self.layout.padded_rows + self.layout.padded_columns)))
-        parts = [product(self.layout, address, as_inputs([part], self.layout)).to(x.dtype) for part in flat.split(at_once)]
-        y = parts[0] if len(parts) == 1 else torch.cat(parts)
+        y = self._one_token(self._memory.data_ptr(), flat).to(x.dtype) if len(flat) == 1 else self._many_tokens(flat)
         y = y.view(*x.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias
+
+    def _many_tokens(self, flat: torch.Tensor) -> torch.Tensor:
+        address = [self._memory.data_ptr()]
+        at_once = max(1, _VALUES_BYTES // (4 * (self.layout.padded_rows + self.layout.padded_columns)))
+        parts = [product(self.layout, address, as_inputs([part], self.layout)).to(flat.dtype) for part in flat.split(at_once)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def quantize_linears(model: torch.nn.Module, layouts: Mapping[str, MatrixLayout]) -> None:

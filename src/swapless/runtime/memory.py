@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -80,6 +81,26 @@ def _unused_cache_bytes(cgroup: Cgroup) -> int:
     stat = cgroup.usage.with_name("memory.stat")
     rows = dict(line.split(maxsplit=1) for line in stat.read_text().splitlines()) if stat.exists() else {}
     return int(rows.get("total_inactive_file", rows.get("inactive_file", 0)))
+
+
+def drop_unused_cache() -> None:
+    """Give back what a limited cgroup is charged for files of libraries and code beyond the pages that are mapped.
+
+    Importing torch and transformers reads hundreds of megabytes of which a process then maps a small part. Where it is the first
+    to touch them, as in a fresh container, the page cache of the rest counts as its own and would cost as many experts.
+    """
+    if own_cgroup() is None or not hasattr(os, "posix_fadvise"):
+        return
+    names = {line.split(maxsplit=5)[5].strip() for line in Path("/proc/self/maps").read_text().splitlines() if "/" in line}
+    for module in list(sys.modules.values()):
+        names |= {name for attribute in ("__file__", "__cached__") if isinstance(name := getattr(module, attribute, None), str)}
+    for name in filter(os.path.isfile, names):
+        try:
+            file = os.open(name, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            continue  # not ours to read, or gone by now
+        os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(file)
 
 
 def _meminfo(name: str) -> int | None:

@@ -20,10 +20,10 @@ from swapless.notation import Phase
 from swapless.runtime.ahead import Lookahead
 from swapless.runtime.budget import Budget, plan_budget
 from swapless.runtime.compute import Experts
-from swapless.runtime.door import experts_of, load_non_experts
+from swapless.runtime.door import attention_for, experts_of, load_non_experts
 from swapless.runtime.dry import dry_run
 from swapless.runtime.engine import Engine
-from swapless.runtime.memory import MemoryMeter, available_bytes
+from swapless.runtime.memory import MemoryMeter, available_bytes, drop_unused_cache
 from swapless.runtime.offloaded import offloaded_class
 from swapless.runtime.open import OpenCheckpoint, open_checkpoint
 from swapless.runtime.parts import budget_shape, computation, context_of, open_store, parts_to_come, sample_extents
@@ -90,7 +90,8 @@ def load(
     dtype : str or torch.dtype
         Type to compute in; ``"auto"`` takes the checkpoint's own, and only that reads experts without conversion.
     attn_implementation : str, optional
-        As in ``from_pretrained``.
+        As in ``from_pretrained``, which decides by itself; of a packed store with rounded weights, ``"swapless_grouped"``
+        where the family has ``"sdpa"``: the same attention, faster in decode steps.
     check : bool
         Of a packed store: hold every block against its checksum when it is read.
     progress : callable of (str, float), optional
@@ -119,6 +120,7 @@ def load(
     total_bytes, share = _target(memory, resident)
     report = progress or (lambda stage, done: None)
     meter = MemoryMeter()
+    drop_unused_cache()
     base_bytes = meter.now_bytes()
     report("reading headers", 0.0)
     folder = checkpoint_folder(checkpoint, revision=revision, token=token, local_files_only=local_files_only)
@@ -148,6 +150,7 @@ def load(
         fixed["prediction"] = max(0, meter.now_bytes() - before_bytes)
     store = open_store(opened, check)
     measured = probe(store.reader, sample_extents(store, layers))
+    drop_unused_cache()
     fixed |= {"loading": max(0, meter.now_bytes() - sum(fixed.values()))}
     fixed |= parts_to_come(opened, chosen, dry, context_tokens, measured.depth * store.bounce_bytes)
     if ahead is not None:
@@ -179,6 +182,7 @@ def _load_non_experts(opened: OpenCheckpoint, attn_implementation: str | None) -
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
+    attn_implementation = attn_implementation or attention_for(opened.cls, rounded=opened.rounded)
     reader = FileReader(opened.files)
     try:
         tensors = TensorReader(reader)

@@ -52,6 +52,11 @@ class OpenCheckpoint(NamedTuple):
         """The shards, each once."""
         return sorted({ref.file for ref in self.refs.values()})
 
+    @property
+    def rounded(self) -> bool:
+        """Whether some of its weights were rounded to fewer bits, so that results are not those of the original."""
+        return self.manifest is not None and (self.manifest.bits < 16 or bool(self.manifest.dense))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointInfo:
