@@ -22,7 +22,8 @@ done, and whoever is below ``SLOW_TOKENS_PER_S`` in the first round runs in ``--
 ratios are about, in all. Every run is kept in ``runs.jsonl`` as soon as it is done, so the rounds may be spread over
 several calls; runs of Swapless made at another commit are made again.
 
-Artefacts are made in groups and removed after use, so that the disk never holds all of them; free disk is looked at first.
+Libraries are in the page cache beforehand, so that no run is charged for files that all use. Artefacts are made in groups
+and removed after use, so that the disk never holds all of them; free disk is looked at first.
 Peers are optional: ``pip install llama-cpp-python gguf`` in an environment of their own, named by ``--llama-python``; without
 it llama.cpp is left out, and the result says so.
 """
@@ -50,7 +51,7 @@ from results import ROOT, document, emit, store
 from swapless.runtime.packing import pack
 from swapless.store.packed import read_manifest
 
-MARGIN_BYTES = 50_000_000
+MARGIN_BYTES = 20_000_000
 """What the budget of Swapless stays below the cap."""
 BASE_BYTES = 600_000_000
 """Added to the caps of ``--quick``, whose model is smaller than any interpreter."""
@@ -114,7 +115,8 @@ GROUPS = (
             *_packed(4),
         ),
     ),
-    Group("8 bits", (*_llama("Q8_0"), *_packed(8))),
+    Group("8 bits", (*_llama("Q8_0"), *_packed(8)[1:])),
+    Group("8 bits, others bf16", tuple(_packed(8)[:1])),
 )
 
 
@@ -229,6 +231,19 @@ class Bench:
         return size + BASE_BYTES < 0.75 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
+def touch_libraries() -> None:
+    """Have the libraries' files in the page cache before any capped run, as where other programs use them too.
+
+    Who touches a page first is charged for it, so that otherwise the first run of each round would pay for all.
+    """
+    program = (
+        "import accelerate, torch, swapless; from swapless import embedded; "
+        "model = swapless.load(embedded.path(), resident=1.0); "
+        "model.generate(torch.ones((1, 4), dtype=torch.long), max_new_tokens=4)"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)
+
+
 def _why(done: CappedRun) -> str:
     return "killed for memory" if done.oom_killed else "timed out" if done.timed_out else " ".join(done.stderr.split())[-600:]
 
@@ -279,6 +294,7 @@ def main() -> int:
     needed_tokens = options.warm_up + options.tokens
     manifest = make(options.out, options.trace, shape=shape, decode_tokens=max(needed_tokens, 0 if options.quick else 512))
     bench = Bench(options, shape)
+    touch_libraries()
     caps: dict[str, int | None] = {}
     sizes: dict[str, dict[str, int]] = {}
     for group in GROUPS:

@@ -95,3 +95,25 @@ def test_decodes_in_less_memory_than_weights_and_base(checkpoint: Path) -> None:
     assert run.max_usage_bytes is not None, "this kernel keeps no peak of a cgroup"
     assert run.max_usage_bytes <= BUDGET_BYTES
     assert answer["stats"]["peak_memory_bytes"] <= run.max_usage_bytes, "the engine reports a peak that the kernel never saw"
+
+
+@pytest.mark.usefixtures("memory_cgroups")
+def test_files_of_code_that_nobody_maps_do_not_count(tmp_path: Path) -> None:
+    size = 32 << 20
+    (tmp_path / "large_module.py").write_text("#" * size)
+    program = f"""
+import sys
+sys.path.insert(0, {str(tmp_path)!r})
+import os, large_module
+from swapless.runtime.memory import MemoryMeter, drop_unused_cache
+meter = MemoryMeter()
+before = meter.now_bytes()
+drop_unused_cache()
+print(before - meter.now_bytes())
+"""
+    from page_cache import evict
+
+    evict([tmp_path / "large_module.py"])
+    run = run_capped([sys.executable, "-c", program], CAP_BYTES, timeout_s=60)
+    assert run.returncode == 0, run.stderr
+    assert int(run.stdout) > 0.9 * size

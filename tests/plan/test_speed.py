@@ -66,6 +66,12 @@ def test_compute_and_reads_slow_each_other():
     assert speed(slow, np.array([0, 0, 1.0])).floor_s == pytest.approx(3 * 4), "the floor is of undisturbed reads"
 
 
+def test_the_first_read_of_a_layer_takes_longer() -> None:
+    at_once, woken = costs(), costs(first_read_s=0.5)
+    assert woken.layer_s(0, 2) == pytest.approx(at_once.layer_s(0, 2) + 0.5)
+    assert woken.layer_s(2, 0) == at_once.layer_s(2, 0), "nothing is read"
+
+
 def test_more_reads_in_flight_are_faster_only_where_there_are_so_many():
     deep = costs(bytes_per_s={1: 2.0, 2: 4.0})
     assert deep.reading_s(1) == 2.0 and deep.reading_s(2) == 1.0

@@ -30,7 +30,7 @@ def test_blocks_are_read_until_it_is_closed(tmp_path: Path) -> None:
     files[0].write_bytes(bytes(300_000))
     files[1].write_bytes(bytes(5_000))
     before = readers()
-    with blocks_traffic(files, 65_536, 2) as moved:
+    with blocks_traffic(files, 65_536, 2).busy() as moved:
         assert readers() == before + 2
         until_moved(moved, 200)
     assert readers() == before
@@ -39,7 +39,7 @@ def test_blocks_are_read_until_it_is_closed(tmp_path: Path) -> None:
 
 def test_experts_are_read_as_the_engine_does() -> None:
     opened = open_checkpoint(embedded.path())
-    with store_traffic(opened, 1) as moved:
+    with store_traffic(opened, 1).busy() as moved:
         until_moved(moved, 8)
     layer = opened.layout.moe_layers[0]
     assert all(layer.expert_bytes <= nbytes < 2 * layer.expert_bytes for nbytes in moved), "an expert here is one part"
@@ -48,10 +48,18 @@ def test_experts_are_read_as_the_engine_does() -> None:
 def test_what_a_thread_meets_is_raised_and_nobody_waits(tmp_path: Path) -> None:
     file = tmp_path / "cut"
     file.write_bytes(bytes(100_000))
-    with pytest.raises(ReadError, match="truncated"), blocks_traffic([file], 65_536, 1) as moved:
+    with pytest.raises(ReadError, match="truncated"), blocks_traffic([file], 65_536, 1).busy() as moved:
         until_moved(moved, 1)
         file.write_bytes(bytes(1_000))
         deadline = time.monotonic() + 30
         while moved[-1]:
             assert time.monotonic() < deadline, "the thread does not say that it is done"
             time.sleep(0.001)
+
+
+def test_what_a_first_read_takes_longer_is_a_time(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_bytes(bytes(300_000))
+    called = []
+    assert 0 <= blocks_traffic([file], 65_536, 1).first_read_s(lambda: called.append(1)) < 1
+    assert len(called) > 24, "something was done in every pause"

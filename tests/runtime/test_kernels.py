@@ -11,7 +11,7 @@ import torch
 from numba import njit
 from numba.core.registry import cpu_target
 
-from swapless.runtime.kernels import as_inputs, gated_product, product
+from swapless.runtime.kernels import RowProduct, as_inputs, gated_product, product
 from swapless.runtime.kernels_code import BYTE_PRODUCTS, byte_product_of
 from swapless.runtime.kernels_threads import openmp, run_on_all
 from swapless.runtime.kernels_vector import ROUNDED_BLOCK_BYTES, block_product, rounding
@@ -59,6 +59,16 @@ def assert_product(got: torch.Tensor, x: torch.Tensor, weights: np.ndarray) -> N
     scale = inputs.abs() @ dense.abs().T
     assert got.shape == expected.shape
     assert ((got - expected).abs() <= BOUND * scale + 1e-30).all()
+
+
+@pytest.mark.parametrize(("bits", "group"), PRECISIONS)
+@pytest.mark.parametrize(("rows", "columns"), SHAPES)
+def test_one_prepared_row_is_the_same_bit_for_bit(bits: int, group: int, rows: int, columns: int) -> None:
+    prepared = RowProduct(matrix(rows, columns, bits, group).layout)
+    for seed in range(2):
+        given, x = matrix(rows, columns, bits, group, seed), tokens(1, columns, seed).to(torch.bfloat16)
+        expected = product(given.layout, [given.address], as_inputs([x], given.layout))
+        assert torch.equal(prepared(given.address, x), expected)
 
 
 @pytest.mark.parametrize("bits,group", PRECISIONS)

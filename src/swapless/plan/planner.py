@@ -108,6 +108,7 @@ def plan(
     module = next(module for _, module in experts_of(model))
     rows: list[SetUp] = []
     costs: dict[int, Costs] = {}
+    others_s: dict[tuple[int, bool], float] = {}
     with HollowRun(model, opened, POLICIES.get(policy)(), largest) as hollow:
         step = hollow.step()
         miss_s = max(0.0, hollow.missing_s() - step.seconds) / opened.experts_a_token
@@ -116,17 +117,21 @@ def plan(
             if prefetch is not None and (budget is None or budget.slots == budget.num_experts_total):
                 continue  # nothing to read ahead
             if budget is not None and id(form) not in costs:
-                hollow.attend_as(form)
+                same = form.manifest.dense_bits if form.manifest else 16, form.rounded
+                if same not in others_s:
+                    hollow.attend_as(form)
+                    others_s[same] = hollow.linears_s(linear_products(form, step.linears))
                 products = expert_time(form, module, reads.traffic(form), hollow.experts_s)
                 costs[id(form)] = Costs(
                     num_moe_layers=len(form.layout.moe_layers),
                     top_k=form.experts_a_token // len(form.layout.moe_layers),
-                    other_s=hollow.linears_s(linear_products(form, step.linears)),
+                    other_s=others_s[same],
                     expert_s=products.together_s,
                     lone_expert_s=products.alone_s,
                     miss_s=miss_s,
                     pace_beside_reads=products.pace_beside_reads,
                     reading_beside_compute=products.reading_beside_compute,
+                    first_read_s=products.first_read_s,
                     **reads.costs(form, products.read_bytes_per_s),
                 )
             rows.append(_set_up(form, name, prefetch, policy, budget, needs, hits, costs.get(id(form)), memory_bytes, context))

@@ -10,7 +10,6 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +18,7 @@ import numpy as np
 import torch
 
 from swapless.plan.hollow import Linear
+from swapless.plan.traffic import Traffic
 from swapless.runtime.memory import available_bytes
 from swapless.runtime.open import OpenCheckpoint
 from swapless.runtime.parts import computation
@@ -47,7 +47,8 @@ class ExpertTime:
     """Seconds of one expert for one token: ``together`` with the others of its token in one call, or ``alone``.
 
     ``pace_beside_reads`` is the share of its speed that is left while reads are under way. ``read_bytes_per_s`` is what reads
-    come to by themselves, and ``reading_beside_compute`` the share of it that is left meanwhile; None and 1 without reads.
+    come to by themselves, and ``reading_beside_compute`` the share of it that is left meanwhile; ``first_read_s`` is what one
+    takes longer where none came before it for some milliseconds. None, 1 and 0 without reads.
     """
 
     together_s: float
@@ -55,6 +56,7 @@ class ExpertTime:
     pace_beside_reads: float = 1.0
     read_bytes_per_s: float | None = None
     reading_beside_compute: float = 1.0
+    first_read_s: float = 0.0
 
 
 def cold_bytes(caches: Path = _CACHES) -> int:
@@ -67,10 +69,6 @@ def cold_bytes(caches: Path = _CACHES) -> int:
     sizes = [file.read_text().strip() for file in caches.glob("index*/size")]
     last = max((int(size[:-1]) << 10 for size in sizes if size.endswith("K") and size[:-1].isdecimal()), default=0)
     return max(_LEAST_COLD_BYTES, min(last * 3 // 2, _MOST_COLD_BYTES, available_bytes() // 4))
-
-
-Traffic = Callable[[], AbstractContextManager[list[int]]]
-"""Reads go on for as long as it is open; the list receives the bytes of each."""
 
 
 InPlace = Callable[[Callable[..., Any]], float]
@@ -88,7 +86,7 @@ def expert_time(
         Says what an expert is made of; none of it is read.
     module : torch.nn.Module
         An experts module of its model, for gate and activation; without weights.
-    traffic : callable, optional
+    traffic : Traffic, optional
         Reads such as the engine's, to be timed beside.
     in_place : callable, optional
         Times them in the course of a token. Without it they are called again and again, which is faster: torch's threads are
@@ -120,7 +118,8 @@ def expert_time(
                 return ExpertTime(together_s=together, alone_s=alone)
             some = max(1, top_k // 2)
             undisturbed = _calls_per_s(lambda: call(some))
-            with traffic() as moved:
+            first_read_s = traffic.first_read_s(lambda: call(some))
+            with traffic.busy() as moved:
                 reading = _calls_per_s(lambda: time.sleep(_BESIDE_S / 10), moved)
                 disturbed = _calls_per_s(lambda: call(some), moved)
             share = disturbed.moved_bytes_per_s / max(1.0, reading.moved_bytes_per_s)
@@ -130,6 +129,7 @@ def expert_time(
                 pace_beside_reads=min(1.0, disturbed.rate / undisturbed.rate),
                 read_bytes_per_s=reading.moved_bytes_per_s,
                 reading_beside_compute=min(1.0, max(0.01, share)),
+                first_read_s=first_read_s,
             )
     finally:
         pool.close()

@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from swapless.plan.machine import Machine, probe_files
-from swapless.plan.products import Traffic
-from swapless.plan.traffic import blocks_traffic, store_traffic
+from swapless.plan.traffic import Traffic, blocks_traffic, store_traffic
 from swapless.runtime.open import OpenCheckpoint
 from swapless.runtime.parts import open_store, sample_extents
 from swapless.store.packed import block_parts
@@ -58,8 +57,8 @@ class Reads:
             layers = form.manifest.moe_layers if form.manifest else ()
             block_bytes = max(layer.block_bytes for layer in layers)
             parts = block_parts(block_bytes)
-            return lambda: blocks_traffic(self._files, block_bytes // parts, self._at(block_bytes // parts).depth)
-        return lambda: store_traffic(self._opened, self._probe.depth)
+            return blocks_traffic(self._files, block_bytes // parts, self._at(block_bytes // parts).depth)
+        return store_traffic(self._opened, self._probe.depth)
 
     def _planned(self, form: OpenCheckpoint) -> bool:
         """Whether ``form`` is what ``opened`` would be packed as."""

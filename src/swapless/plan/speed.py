@@ -46,6 +46,8 @@ class Costs:
         Share of its speed that compute keeps while reads are under way.
     reading_beside_compute : float
         Share of the bandwidth that reads keep while experts are computed.
+    first_read_s : float
+        Seconds more that the first read of a MoE layer takes, since the disk had nothing to do before it.
     """
 
     num_moe_layers: int
@@ -60,6 +62,7 @@ class Costs:
     miss_s: float = 0.0
     pace_beside_reads: float = 1.0
     reading_beside_compute: float = 1.0
+    first_read_s: float = 0.0
 
     def reading_s(self, misses: float) -> float:
         """Seconds an expert's read takes by itself, where so many are asked for at once."""
@@ -77,7 +80,7 @@ class Costs:
     def layer_s(self, hits: int, misses: int) -> float:
         """Seconds of one MoE layer's experts, from the moment they are known."""
         read = self.reading_s(misses)
-        landings = [(number + 1) * read for number in range(misses)]
+        landings = [self.first_read_s + (number + 1) * read for number in range(misses)]
         busy, landings = self._call(0.0, hits, landings, misses * self.miss_s)
         while landings:
             begun = max(busy, landings[0])

@@ -86,8 +86,8 @@ def _unused_cache_bytes(cgroup: Cgroup) -> int:
 def drop_unused_cache() -> None:
     """Give back what a limited cgroup is charged for files of libraries and code beyond the pages that are mapped.
 
-    Importing torch and transformers reads hundreds of megabytes of which a process then maps a small part. Where it is the first
-    to touch them, as in a fresh container, the page cache of the rest counts as its own and would cost as many experts.
+    Importing torch and transformers reads hundreds of megabytes of which a process then maps a small part. Where it is the
+    first to touch them, as in a fresh container, the page cache of the rest counts as its own and would cost as many experts.
     """
     if own_cgroup() is None or not hasattr(os, "posix_fadvise"):
         return

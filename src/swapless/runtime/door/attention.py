@@ -42,10 +42,8 @@ def _grouped(
         given = {"dropout": dropout, "scaling": scaling} | others
         return sdpa_attention_forward(module, query, key, value, attention_mask, **given)
     side_by_side = query.expand(-1, -1, 2, -1) if twice else query.reshape(batch, heads // groups, groups, -1)
-    out = F.scaled_dot_product_attention(
-        side_by_side, key, value, attn_mask=attention_mask, dropout_p=dropout, scale=scaling
-    )
-    return (out[:, :, :1] if twice else out).reshape(batch, 1, heads, -1), None
+    out = F.scaled_dot_product_attention(side_by_side, key, value, attn_mask=attention_mask, dropout_p=dropout, scale=scaling)
+    return (out[:, :, :1] if twice else out).reshape(batch, 1, heads, -1).contiguous(), None
 
 
 ALL_ATTENTION_FUNCTIONS.register(GROUPED, _grouped)
