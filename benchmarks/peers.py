@@ -272,7 +272,7 @@ def main() -> int:
     parser.add_argument("--slow-rounds", type=int, default=2, help="rounds of those below one token a second, llama.cpp apart")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--tokens", type=int, default=96)
-    parser.add_argument("--warm-up", type=int, default=32, help="decode tokens before the clock starts")
+    parser.add_argument("--warm-up", type=int, default=64, help="decode tokens before the clock starts")
     parser.add_argument("--time-limit", type=float, default=30.0, help="seconds after which warm-up and timed tokens end")
     parser.add_argument("--groups", nargs="*", default=[group.name for group in GROUPS], help="only these groups")
     parser.add_argument("--for", dest="stop_after", type=float, help="begin no further run after so many seconds")

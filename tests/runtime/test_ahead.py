@@ -245,12 +245,28 @@ def test_a_read_gone_past_frees_its_block_when_it_lands(gate: Gate, loader: Load
     assert ahead.take(2, 5) == (10, False)
 
 
+def warmed() -> Governor:
+    governor = Governor()
+    for _ in range(Governor.FIRST_TOKENS):
+        assert governor.on
+        governor.token_done(100.0)  # of no account
+    return governor
+
+
+@pytest.mark.parametrize(("with_it", "stays"), [(0.98, True), (1.02, False)])
+def test_a_cache_that_still_fills_does_not_decide(with_it: float, stays: bool) -> None:
+    governor = warmed()
+    for token in range(len(Governor.TRIAL) * Governor.WINDOW_TOKENS):
+        governor.token_done((5 - 0.1 * token) * (with_it if governor.on else 1.0))
+    assert governor.on is stays
+
+
 @pytest.mark.parametrize(("with_it", "without", "stays"), [(1.0, 2.0, True), (2.0, 1.0, False), (1.0, 1.0, False)])
 def test_the_governor_keeps_what_pays(with_it: float, without: float, stays: bool) -> None:
-    governor = Governor()
+    governor = warmed()
     for _ in range(2):
         tried = []
-        for _ in range(Governor.TRIAL_WINDOWS * Governor.WINDOW_TOKENS):
+        for _ in range(len(Governor.TRIAL) * Governor.WINDOW_TOKENS):
             tried.append(governor.on)
             governor.token_done(with_it if governor.on else without)
         assert tried.count(True) == tried.count(False)

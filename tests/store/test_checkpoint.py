@@ -93,6 +93,7 @@ def test_probe_reads_what_it_is_given_and_says_so(files: tuple[Path, Path]) -> N
     assert sorted(measured.bytes_per_s) == list(DEPTHS) and min(measured.bytes_per_s.values()) > 0
     assert measured.depth in DEPTHS and measured.best_bytes_per_s == measured.bytes_per_s[measured.depth]
     assert measured.fixed_s > 0 and measured.direct == reader.direct
+    assert probe(reader, extents, copied=True, budget_s=0.03).depth >= 2, "one reads while the other copies"
     reader.close()
 
 

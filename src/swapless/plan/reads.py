@@ -36,7 +36,8 @@ class Reads:
             extents = store.extents(0, 0)
             self._bytes = sum(extent.nbytes for extent in extents)
             self._parts, self._bounce_bytes = store.parts(0, 0), store.bounce_bytes
-            whole_probe = probe(store.reader, sample_extents(store, layers)) if whole else None
+            copied = self._bounce_bytes > 0
+            whole_probe = probe(store.reader, sample_extents(store, layers), copied=copied) if whole else None
             self._probe = whole_probe or machine.read_at(extents[0].nbytes)
         finally:
             store.close()

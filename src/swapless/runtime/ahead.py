@@ -7,6 +7,7 @@ for, *late* if it is still under way then, and *wasted* if its MoE layer is gone
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -149,30 +150,32 @@ class ReadAhead:
 class Governor:
     """Reads ahead only while it pays: the time of a token with it against the time without, taken in turns.
 
-    A trial of four short windows, with, without, with, without, decides for a while; then another trial, since the text
-    and the disk change.
+    A trial of four short windows, with, without, without, with, decides for a while; then another trial, since the text
+    and the disk change. What only becomes faster or slower with time weighs on both alike in that order. The first trial waits
+    until the cache has filled a little: the first tokens miss most.
 
     Attributes
     ----------
     on : bool
         Whether to read ahead now.
     with_s, without_s : float or None
-        Medians of the last whole trial, in seconds a token; None before the first.
+        Of the last whole trial, in seconds a token, the mean of its windows' medians; None before the first.
     times_off : int
         Trials that ended with it off.
     """
 
-    TRIAL_WINDOWS = 4
+    TRIAL = (True, False, False, True)
     WINDOW_TOKENS = 8
     HOLD_TOKENS = 256
+    FIRST_TOKENS = 16
 
     def __init__(self) -> None:
         self.on = True
         self.with_s: float | None = None
         self.without_s: float | None = None
         self.times_off = 0
-        self._trial: list[list[float]] | None = [[]]
-        self._held = 0
+        self._trial: list[list[float]] | None = None
+        self._held = self.HOLD_TOKENS - self.FIRST_TOKENS
 
     def token_done(self, seconds: float) -> None:
         """One decode step is over; changes ``on`` where it is time to."""
@@ -184,13 +187,16 @@ class Governor:
         self._trial[-1].append(seconds)
         if len(self._trial[-1]) < self.WINDOW_TOKENS:
             return
-        if len(self._trial) < self.TRIAL_WINDOWS:
+        if len(self._trial) < len(self.TRIAL):
+            self.on = self.TRIAL[len(self._trial)]
             self._trial.append([])
-            self.on = not self.on
             return
         # The first token after a change still lives on what the other way left behind.
-        with_it, without = (sorted(seconds for window in self._trial[first::2] for seconds in window[1:]) for first in (0, 1))
-        self.with_s, self.without_s = with_it[len(with_it) // 2], without[len(without) // 2]
+        windows = [statistics.median(window[1:]) for window in self._trial]
+        self.with_s, self.without_s = (
+            statistics.fmean(median for on, median in zip(self.TRIAL, windows, strict=True) if on == way)
+            for way in (True, False)
+        )
         self.on = self.with_s < self.without_s
         self.times_off += not self.on
         self._trial, self._held = None, 0

@@ -149,7 +149,7 @@ def load(
         lookahead = ahead.open(model)
         fixed["prediction"] = max(0, meter.now_bytes() - before_bytes)
     store = open_store(opened, check)
-    measured = probe(store.reader, sample_extents(store, layers))
+    measured = probe(store.reader, sample_extents(store, layers), copied=store.bounce_bytes > 0)
     drop_unused_cache()
     fixed |= {"loading": max(0, meter.now_bytes() - sum(fixed.values()))}
     fixed |= parts_to_come(opened, chosen, dry, context_tokens, measured.depth * store.bounce_bytes)

@@ -46,7 +46,9 @@ class Probe:
         return asdict(self)
 
 
-def probe(reader: FileReader, extents: Sequence[Extent], *, budget_s: float = 0.4, seed: int = 0) -> Probe:
+def probe(
+    reader: FileReader, extents: Sequence[Extent], *, copied: bool = False, budget_s: float = 0.4, seed: int = 0
+) -> Probe:
     """Time reads of ``extents`` (the ranges of real experts) for about ``budget_s`` seconds.
 
     Parameters
@@ -55,6 +57,12 @@ def probe(reader: FileReader, extents: Sequence[Extent], *, budget_s: float = 0.
         Open files.
     extents : sequence of Extent
         Ranges to draw from; their median size is the block size.
+    copied : bool
+        Whether whoever reads copies every read to its place: then two are in flight at least, or the disk would rest meanwhile.
+    budget_s : float
+        For how long.
+    seed : int
+        Of the order.
     """
     rng = np.random.default_rng(seed)
     order = [extents[i] for i in rng.permutation(len(extents))]
@@ -79,6 +87,8 @@ def probe(reader: FileReader, extents: Sequence[Extent], *, budget_s: float = 0.
     for candidate in DEPTHS[1:]:
         if bandwidth[candidate] > _WORTH_A_THREAD * bandwidth[depth]:
             depth = candidate
+    if copied:
+        depth = max(depth, 2)
     return Probe(block_bytes=block, bytes_per_s=bandwidth, fixed_s=fixed, depth=depth, direct=reader.direct)
 
 
