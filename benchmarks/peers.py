@@ -275,6 +275,7 @@ def main() -> int:
     parser.add_argument("--warm-up", type=int, default=64, help="decode tokens before the clock starts")
     parser.add_argument("--time-limit", type=float, default=30.0, help="seconds after which warm-up and timed tokens end")
     parser.add_argument("--groups", nargs="*", default=[group.name for group in GROUPS], help="only these groups")
+    parser.add_argument("--phases", nargs="*", help="only these, such as '35 %%' or 'resident'")
     parser.add_argument("--for", dest="stop_after", type=float, help="begin no further run after so many seconds")
     parser.add_argument("--make-only", action="store_true", help="make the artefacts of the first group that is not done")
     parser.add_argument("--quick", action="store_true", help="small model, one round, few tokens, nothing stored")
@@ -310,6 +311,9 @@ def main() -> int:
             whole = sum(sizes["q4_0.gguf"].values()) if "q4_0.gguf" in sizes else 4.5 / 8 * shape.total_bytes / 2
             more = BASE_BYTES + MARGIN_BYTES if options.quick else 0
             caps = {f"{100 * share:.0f} %": int(share * whole) + more for share in SHARES} | {"resident": None}
+            caps = {phase: cap for phase, cap in caps.items() if options.phases is None or phase in options.phases}
+            if not caps:
+                raise SystemExit(f"no phase {options.phases}; there are 35 %, 70 % and resident")
         if not bench.measure(group, caps):
             CONSOLE.print("the same command goes on from here", markup=False)
             return 0

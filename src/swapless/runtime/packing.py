@@ -116,8 +116,10 @@ def pack(
                 packing.copy(file)
         linears = opened.layout.linear_keys if dense_bits == 8 else {}
         tensors = [_in_8_bits(ref, reader) if ref.key in linears else _as_it_is(ref, reader) for ref in refs]
-        packing.dense(DENSE, tensors, lambda nbytes: meter.add(2 * nbytes))
         with ThreadPoolExecutor(torch.get_num_threads()) as workers, ThreadPoolExecutor(_READERS) as readers:
+            loaded = workers.submit(_load_kernel, bits, group)  # while the first files are copied
+            packing.dense(DENSE, tensors, lambda nbytes: meter.add(2 * nbytes))
+            loaded.result()
             transposed = [bool(modules[layer.path].is_transposed) for layer in opened.layout.moe_layers]
             source = _source(opened, reader, layers, transposed, group, workers, readers)
             layers = [
@@ -224,6 +226,13 @@ def _source(
             quantize(_as_array(chosen), layout, out, workers)
 
     return Source(slot_bytes(layers), read, convert)
+
+
+def _load_kernel(bits: int, group: int) -> None:
+    """Round a few weights, so that the code is there when the first expert is."""
+    if bits < 16:
+        layout = MatrixLayout(rows=ROW_BLOCK, columns=group, bits=bits, group=group)
+        quantize(np.zeros((ROW_BLOCK, group), np.uint16), layout, aligned_buffer(layout.nbytes)[: layout.nbytes])
 
 
 def _as_array(weights: torch.Tensor) -> np.ndarray:
