@@ -22,7 +22,7 @@ from swapless.cache.residency import layer_pools
 from swapless.cache.serve import ExpertCache
 from swapless.runtime.budget import Budget
 from swapless.runtime.compute import Experts
-from swapless.runtime.door import IMPLEMENTATION, attention_for, experts_of, skeleton, strip_experts
+from swapless.runtime.door import IMPLEMENTATION, experts_of, group_heads, skeleton, strip_experts
 from swapless.runtime.engine import Engine
 from swapless.runtime.memory import MemoryMeter
 from swapless.runtime.open import OpenCheckpoint
@@ -109,7 +109,7 @@ class HollowRun:
 
     def __init__(self, model: PreTrainedModel, opened: OpenCheckpoint, policy: Policy, budget: Budget) -> None:
         self._model: Any = model
-        self._attention: str = self._model.config._attn_implementation
+        self._attention: str | None = self._model.config.get_text_config()._attn_implementation
         self._called: Counter[Linear] = Counter()
         self._counting = False
         self._experts: Experts = _zero_experts
@@ -142,7 +142,9 @@ class HollowRun:
 
     def attend_as(self, form: OpenCheckpoint) -> None:
         """From now on, the attention that a load of ``form`` takes."""
-        self._model.set_attn_implementation(attention_for(form.cls, rounded=form.rounded) or self._attention)
+        self._model.config.get_text_config()._attn_implementation = self._attention
+        if form.rounded:
+            group_heads(self._model)
 
     def linears_s(self, products: Mapping[str, Callable[[torch.Tensor], torch.Tensor]], steps: int = 12) -> float:
         """Seconds of a step whose linear layers compute ``products``, by path, and whose experts still answer zero."""

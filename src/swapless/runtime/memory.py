@@ -83,14 +83,21 @@ def _unused_cache_bytes(cgroup: Cgroup) -> int:
     return int(rows.get("total_inactive_file", rows.get("inactive_file", 0)))
 
 
-def drop_unused_cache() -> None:
+CODE_BYTES = 32 << 20
+"""How much page cache of code is worth dropping, and how much of it a run may read again."""
+
+
+def drop_unused_cache() -> int:
     """Give back what a limited cgroup is charged for files of libraries and code beyond the pages that are mapped.
 
     Importing torch and transformers reads hundreds of megabytes of which a process then maps a small part. Where it is the
     first to touch them, as in a fresh container, the page cache of the rest counts as its own and would cost as many experts.
+    Where others were the first, nothing is done: what is read again would be charged to us. Returns the bytes given back.
     """
-    if own_cgroup() is None or not hasattr(os, "posix_fadvise"):
-        return
+    cgroup = own_cgroup()
+    if cgroup is None or not hasattr(os, "posix_fadvise") or _unused_cache_bytes(cgroup) < CODE_BYTES:
+        return 0
+    before = int(cgroup.usage.read_text())
     names = {line.split(maxsplit=5)[5].strip() for line in Path("/proc/self/maps").read_text().splitlines() if "/" in line}
     for module in list(sys.modules.values()):
         names |= {name for attribute in ("__file__", "__cached__") if isinstance(name := getattr(module, attribute, None), str)}
@@ -101,6 +108,7 @@ def drop_unused_cache() -> None:
             continue  # not ours to read, or gone by now
         os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
         os.close(file)
+    return max(0, before - int(cgroup.usage.read_text()))
 
 
 def _meminfo(name: str) -> int | None:

@@ -20,10 +20,10 @@ from swapless.notation import Phase
 from swapless.runtime.ahead import Lookahead
 from swapless.runtime.budget import Budget, plan_budget
 from swapless.runtime.compute import Experts
-from swapless.runtime.door import attention_for, experts_of, load_non_experts
+from swapless.runtime.door import experts_of, group_heads, load_non_experts
 from swapless.runtime.dry import dry_run
 from swapless.runtime.engine import Engine
-from swapless.runtime.memory import MemoryMeter, available_bytes, drop_unused_cache
+from swapless.runtime.memory import CODE_BYTES, MemoryMeter, available_bytes, drop_unused_cache
 from swapless.runtime.offloaded import offloaded_class
 from swapless.runtime.open import OpenCheckpoint, open_checkpoint
 from swapless.runtime.parts import budget_shape, computation, context_of, open_store, parts_to_come, sample_extents
@@ -120,7 +120,7 @@ def load(
     total_bytes, share = _target(memory, resident)
     report = progress or (lambda stage, done: None)
     meter = MemoryMeter()
-    drop_unused_cache()
+    dropped_bytes = drop_unused_cache()
     base_bytes = meter.now_bytes()
     report("reading headers", 0.0)
     folder = checkpoint_folder(checkpoint, revision=revision, token=token, local_files_only=local_files_only)
@@ -150,8 +150,10 @@ def load(
         fixed["prediction"] = max(0, meter.now_bytes() - before_bytes)
     store = open_store(opened, check)
     measured = probe(store.reader, sample_extents(store, layers), copied=store.bounce_bytes > 0)
-    drop_unused_cache()
+    dropped_bytes += drop_unused_cache()
     fixed |= {"loading": max(0, meter.now_bytes() - sum(fixed.values()))}
+    if dropped_bytes:
+        fixed["code"] = min(dropped_bytes, CODE_BYTES)
     fixed |= parts_to_come(opened, chosen, dry, context_tokens, measured.depth * store.bounce_bytes)
     if ahead is not None:
         fixed["prediction"] += ahead.growth_bytes(context_tokens)
@@ -182,7 +184,6 @@ def _load_non_experts(opened: OpenCheckpoint, attn_implementation: str | None) -
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
-    attn_implementation = attn_implementation or attention_for(opened.cls, rounded=opened.rounded)
     reader = FileReader(opened.files)
     try:
         tensors = TensorReader(reader)
@@ -211,6 +212,8 @@ def _load_non_experts(opened: OpenCheckpoint, attn_implementation: str | None) -
         )
     if (opened.folder / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(opened.folder, local_files_only=True)
+    if attn_implementation is None and opened.rounded:
+        group_heads(model)  # no last bit is to be kept
     return model.eval()
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, use_experts_implementation
 
-from swapless.runtime.door.attention import attention_for
+from swapless.runtime.door.attention import group_heads
 from swapless.runtime.door.dequantize import check_quantization, dequantize_on_load
 from swapless.runtime.door.gates import common_gate
 from swapless.runtime.door.layout import ExpertParameter, Layout, MoeLayer
@@ -34,12 +34,12 @@ __all__ = [
     "ExpertParameter",
     "Layout",
     "MoeLayer",
-    "attention_for",
     "check_quantization",
     "checkpoint_layout",
     "common_gate",
     "dequantize_on_load",
     "experts_of",
+    "group_heads",
     "is_experts",
     "load_non_experts",
     "model_class",

@@ -17,7 +17,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 GROUPED = "swapless_grouped"
-"""What ``attn_implementation`` calls it."""
+"""What transformers' configuration calls it, and ``attn_implementation`` may."""
 
 _NOT_OURS = ("position_bias", "cache", "softcap")
 """Arguments of transformers' own function with which a step is left to it."""
@@ -50,9 +50,11 @@ ALL_ATTENTION_FUNCTIONS.register(GROUPED, _grouped)
 ALL_MASK_ATTENTION_FUNCTIONS.register(GROUPED, sdpa_mask)
 
 
-def attention_for(cls: type[PreTrainedModel], *, rounded: bool) -> str | None:
-    """The ``attn_implementation`` of a model that nobody chose one for; None leaves it to transformers.
+def group_heads(model: PreTrainedModel) -> None:
+    """Have a built model attend so, where transformers has chosen ``"sdpa"`` for its text.
 
-    ``rounded`` says that its weights are, so that no last bit is to be kept.
+    Not asked for while it is built: some families look up classes by the name then.
     """
-    return GROUPED if rounded and getattr(cls, "_supports_sdpa", False) else None
+    text = model.config.get_text_config()
+    if text._attn_implementation == "sdpa":
+        text._attn_implementation = GROUPED
