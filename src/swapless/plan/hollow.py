@@ -109,7 +109,6 @@ class HollowRun:
 
     def __init__(self, model: PreTrainedModel, opened: OpenCheckpoint, policy: Policy, budget: Budget) -> None:
         self._model: Any = model
-        self._attention: str | None = self._model.config.get_text_config()._attn_implementation
         self._called: Counter[Linear] = Counter()
         self._counting = False
         self._experts: Experts = _zero_experts
@@ -142,9 +141,7 @@ class HollowRun:
 
     def attend_as(self, form: OpenCheckpoint) -> None:
         """From now on, the attention that a load of ``form`` takes."""
-        self._model.config.get_text_config()._attn_implementation = self._attention
-        if form.rounded:
-            group_heads(self._model)
+        group_heads(self._model, form.rounded)
 
     def linears_s(self, products: Mapping[str, Callable[[torch.Tensor], torch.Tensor]], steps: int = 12) -> float:
         """Seconds of a step whose linear layers compute ``products``, by path, and whose experts still answer zero."""

@@ -213,7 +213,7 @@ def _load_non_experts(opened: OpenCheckpoint, attn_implementation: str | None) -
     if (opened.folder / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(opened.folder, local_files_only=True)
     if attn_implementation is None and opened.rounded:
-        group_heads(model)  # no last bit is to be kept
+        group_heads(model, True)  # no last bit is to be kept
     return model.eval()
 
 

@@ -93,7 +93,7 @@ class Computation(NamedTuple):
 def computation(opened: OpenCheckpoint) -> Computation:
     """How the experts of ``opened`` are computed."""
     manifest = opened.manifest
-    if manifest is None or (manifest.bits == 16 and not manifest.dense):
+    if manifest is None or not opened.rounded:
         return Computation(PlainExperts, 0)
     from swapless.runtime.linear import SCRATCH_BYTES  # kernels are compiled when they are imported
     from swapless.runtime.quantized import QuantizedExperts, scratch_bytes

@@ -50,11 +50,11 @@ ALL_ATTENTION_FUNCTIONS.register(GROUPED, _grouped)
 ALL_MASK_ATTENTION_FUNCTIONS.register(GROUPED, sdpa_mask)
 
 
-def group_heads(model: PreTrainedModel) -> None:
-    """Have a built model attend so, where transformers has chosen ``"sdpa"`` for its text.
+def group_heads(model: PreTrainedModel, grouped: bool) -> None:
+    """Have a built model attend so or not, where transformers has chosen ``"sdpa"`` for its text.
 
     Not asked for while it is built: some families look up classes by the name then.
     """
     text = model.config.get_text_config()
-    if text._attn_implementation == "sdpa":
-        text._attn_implementation = GROUPED
+    if text._attn_implementation in ("sdpa", GROUPED):
+        text._attn_implementation = GROUPED if grouped else "sdpa"
