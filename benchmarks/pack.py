@@ -38,7 +38,7 @@ from swapless.units import format_size, parse_size
 SWAPLESS = [sys.executable, "-c", "from swapless.cli.main import main; main()"]
 STARTS = {
     "pack": "import torch, swapless.cli.main, swapless.runtime.packing, swapless.runtime.door",
-    "verify": "import swapless.cli.main, swapless.store.packed",
+    "verify": "import swapless.cli.main, swapless.store.verify",
 }
 """What a verb imports before it touches the checkpoint."""
 

@@ -151,7 +151,8 @@ def test_no_tokenizer_is_one_clear_error(verbs: Any, tmp_path: Path) -> None:
 def test_pack_puts_the_price_into_the_manifest(verbs: Any, tmp_path: Path) -> None:
     import json
 
-    from swapless.store.packed import read_manifest, verify_packed
+    from swapless.store.packed import read_manifest
+    from swapless.store.verify import verify_packed
 
     folder = tmp_path / "store"
     pack = ("pack", embedded.path(), "--bits", 4, "--out", folder)

@@ -18,7 +18,8 @@ from swapless.errors import CheckpointCorruptError, UnsupportedCheckpointError
 from swapless.runtime.open import open_checkpoint
 from swapless.runtime.packing import pack
 from swapless.runtime.pool import slot_bytes
-from swapless.store.packed import read_manifest, verify_packed
+from swapless.store.packed import read_manifest
+from swapless.store.verify import verify_packed
 
 FP4 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
 FP8_BLOCK = 16

@@ -28,10 +28,10 @@ from swapless.store.packed import (
     PackedStore,
     checkpoint_identity,
     read_manifest,
-    verify_packed,
 )
 from swapless.store.quantize import dequantize
 from swapless.store.read import BLOCK_BYTES, aligned_buffer
+from swapless.store.verify import verify_packed
 from swapless.store.write import FileWriter
 
 CHECKPOINT = embedded.path()

@@ -15,7 +15,8 @@ import pytest
 from swapless import embedded
 from swapless.errors import CheckpointCorruptError, PackMismatchError, WriteError
 from swapless.runtime.packing import pack
-from swapless.store.packed import JOURNAL, MANIFEST, note_perplexity, read_manifest, verify_packed
+from swapless.store.packed import JOURNAL, MANIFEST, note_perplexity, read_manifest
+from swapless.store.verify import verify_packed
 
 CHECKPOINT = embedded.path()
 

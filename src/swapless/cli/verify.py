@@ -47,7 +47,8 @@ def verify(checkpoint: options.Checkpoint, memory: options.MemorySize = None, as
 
 
 def _verify_packed(folder: Path, out: Out) -> None:
-    from swapless.store.packed import read_manifest, verify_packed
+    from swapless.store.packed import read_manifest
+    from swapless.store.verify import verify_packed
 
     manifest = read_manifest(folder)
     total = sum(layer.num_experts * layer.block_bytes for layer in manifest.moe_layers)

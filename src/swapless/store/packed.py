@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -24,7 +23,7 @@ from swapless.manifest import write_json
 from swapless.store.checkpoint import Extent
 from swapless.store.headers import find_shards
 from swapless.store.matrix import MatrixLayout
-from swapless.store.read import BLOCK_BYTES, FileReader, aligned_buffer
+from swapless.store.read import BLOCK_BYTES, FileReader
 from swapless.store.write import write_error
 
 MANIFEST = "swapless.json"
@@ -33,9 +32,6 @@ DENSE = "model.safetensors"
 FORMAT_VERSION = 2
 
 _PART_BYTES = 3 << 20
-_AT_ONCE = 3
-"""Blocks that are checked at once: some are read while others are hashed."""
-
 _SAMPLES = 64
 _SAMPLE_BYTES = 4096
 _AGAIN = "Pack the checkpoint again."
@@ -127,7 +123,7 @@ def is_packed(folder: Path) -> bool:
 def read_manifest(folder: Path) -> Manifest:
     """The manifest of a packed store, whose files are all there, of their size, and of the same packing.
 
-    Checksums of files and blocks are not looked at: see :func:`verify_packed`.
+    Checksums of files and blocks are not looked at: see :func:`~swapless.store.verify.verify_packed`.
 
     Raises
     ------
@@ -326,60 +322,3 @@ class PackedStore:
     def close(self) -> None:
         """Close the files."""
         self.reader.close()
-
-
-def verify_packed(folder: Path) -> Iterator[tuple[str, int, bool]]:
-    """Yield (what, bytes, whether its checksum holds) for every block and every other file of a packed store.
-
-    Raises
-    ------
-    CheckpointCorruptError, PackMismatchError
-        See :func:`read_manifest`.
-    ReadError
-        A read failed.
-    """
-    manifest = read_manifest(folder)
-    for name, entry in manifest.files.items():
-        yield name, int(entry["bytes"]), file_checksum(folder / name) == entry["sha256"]
-    blocks = [(number, expert) for number, layer in enumerate(manifest.moe_layers) for expert in range(layer.num_experts)]
-    size = max(layer.block_bytes for layer in manifest.moe_layers)
-    buffers = [aligned_buffer(size) for _ in range(_AT_ONCE)]
-    store = PackedStore(folder, manifest.moe_layers)
-
-    def holds(place: int) -> bool:
-        number, expert = blocks[place]
-        buffer, layer = buffers[place % _AT_ONCE], manifest.moe_layers[number]
-        for part in range(store.parts(number, expert)):
-            store.read_part(number, expert, part, buffer, buffer[:0])
-        return hashlib.sha256(buffer[: layer.block_bytes].data).hexdigest() == layer.checksums[expert]
-
-    try:
-        with ThreadPoolExecutor(_AT_ONCE) as readers:
-            checks = [readers.submit(holds, place) for place in range(min(_AT_ONCE, len(blocks)))]
-            for place, (number, expert) in enumerate(blocks):
-                held = checks[place].result()
-                if place + _AT_ONCE < len(blocks):
-                    checks.append(readers.submit(holds, place + _AT_ONCE))
-                layer = manifest.moe_layers[number]
-                yield f"{layer.file}, expert {expert}", layer.block_bytes, held
-    finally:
-        store.close()
-
-
-def file_checksum(path: Path) -> str:
-    """SHA-256 of a file, read past the page cache."""
-    digest = hashlib.sha256()
-    reader = FileReader([path])
-    try:
-        for chunk in _chunks(reader, path):
-            digest.update(chunk.data)
-    finally:
-        reader.close()
-    return digest.hexdigest()
-
-
-def _chunks(reader: FileReader, path: Path, size: int = 2 << 20) -> Iterable[np.ndarray]:
-    total = path.stat().st_size
-    buffer = aligned_buffer(size + 2 * BLOCK_BYTES)
-    for first in range(0, total, size):
-        yield reader.read(path, first, min(size, total - first), buffer)
