@@ -1,13 +1,14 @@
 """Does the plan foresee how fast the engine decodes, in each precision and at several budgets?
 
-    python benchmarks/plan.py                # about 25 minutes; needs the checkpoint of benchmarks/make_checkpoint.py
+    python benchmarks/plan.py                # about 35 minutes; needs the checkpoint of benchmarks/make_checkpoint.py
     python benchmarks/plan.py --for 240      # stop after so many seconds; the same command goes on
     python benchmarks/plan.py --quick        # one round of few tokens, nothing stored: only to see that it runs
 
 The checkpoint is packed in 8 and in 4 bits into a scratch folder, and a trace is recorded of tokens that are never timed. Then,
 in each of five rounds, for bf16, int8 and int4 at three memory budgets, in turning order: the plan is made from the unpacked
 checkpoint, as a user would; a process of its own loads the model with that budget and decodes, a few tokens at a time, with the
-read path probed before, between and after (with the copy into a slot, where experts need one); and the plan is made again. The
+read path probed before, between and after (with the copy into a slot, where experts need one), once without and, where
+something is left to read, once with reading ahead, as ``swapless run`` does by itself; and the plan is made again. The
 clock starts after 64 tokens, when most slots have been used once: memory that a virtual machine has never had costs it several
 milliseconds an expert at the first touch, and never again. What counts as expected is the mean of the two plans' token times,
 with the bandwidth that the probes of that run found, since a shared disk drifts within seconds; the figure with the plan's own
@@ -18,6 +19,7 @@ the spread of its probes, and slots and peak memory must be within what was fore
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import shutil
@@ -42,7 +44,7 @@ WITHIN = 0.20
 def worker(asked: argparse.Namespace) -> None:
     """One run in this process: load, decode with probes in between, print what it came to."""
     given = json.loads(asked.tokens_file.read_text())
-    run = Run(Path(asked.worker), asked.threads, CONTEXT, memory=asked.memory)
+    run = Run(Path(asked.worker), asked.threads, CONTEXT, memory=asked.memory, prefetch=asked.prefetch)
     engine = run.engine
     disk = Disk(Path(asked.worker), engine.probe.block_bytes, copied=not is_packed(Path(asked.worker)))
     run.prefill(given["prompt"])
@@ -62,6 +64,7 @@ def worker(asked: argparse.Namespace) -> None:
         "bytes_a_token": stats.decode_bytes_read / stats.decode_tokens,
         "slots": budget.slots,
         "depth": engine.probe.depth,
+        "read_ahead": {name: value for name, value in stats.to_dict().items() if name.startswith("prefetch_")},
         "probed_bytes_per_s": [1 / one for one in reads],
         "peak_memory_bytes": stats.peak_memory_bytes - disk.nbytes,
         "peak_memory_source": stats.peak_memory_source,
@@ -71,10 +74,10 @@ def worker(asked: argparse.Namespace) -> None:
     json.dump(found, sys.stdout)
 
 
-def measured(folder: Path, memory: int, asked: argparse.Namespace) -> dict[str, Any]:
+def measured(folder: Path, memory: int, prefetch: str, asked: argparse.Namespace) -> dict[str, Any]:
     """The same in a process of its own."""
-    options = {"memory": memory, "threads": asked.threads, "tokens": asked.tokens, "warm-up": asked.warm_up}
-    options |= {"piece": asked.piece, "tokens-file": asked.checkpoint / "tokens.json"}
+    options = {"memory": memory, "prefetch": prefetch, "threads": asked.threads, "tokens": asked.tokens}
+    options |= {"warm-up": asked.warm_up, "piece": asked.piece, "tokens-file": asked.checkpoint / "tokens.json"}
     words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
     done = subprocess.run([sys.executable, __file__, "--worker", str(folder), *words], capture_output=True, text=True)
     if done.returncode:
@@ -110,35 +113,44 @@ class Planner:
         self.machine = machine(folder=scratch)
 
     def __call__(self, bits: int, memory: int) -> Any:
-        """The set-up without reading ahead."""
+        """The set-ups without and, where it is worth its slots, with reading ahead."""
         from swapless.plan.planner import plan
 
         found = plan(self._opened, "model", memory, self.machine, self._hits, context=CONTEXT, precisions=[(bits, 16)])
-        return found.set_ups[0]
+        return found.set_ups
 
     def with_bandwidth(self, row: Any, run: dict[str, Any], *, hits: bool = False) -> Any:
         """What the plan would have said, had it found the bandwidth of the run's own probes (and known its ``hits``)."""
-        from swapless.plan.speed import binomial, speed
+        from swapless.plan.speed import binomial, speed, speed_ahead
 
         probed = len(run["probed_bytes_per_s"]) / sum(1 / one for one in run["probed_bytes_per_s"])
         own = row.costs.bytes_per_s[max(row.costs.bytes_per_s)]
         scaled = {depth: rate * probed / own for depth, rate in row.costs.bytes_per_s.items()}
         link = row.costs.link_bytes_per_s * probed / own
         misses = binomial(row.costs.top_k, run["hit_rate"]) if hits else self._hits.of(row.budget.slots).misses
-        return speed(replace(row.costs, bytes_per_s=scaled, link_bytes_per_s=link), misses)
+        foreseen = speed if row.prefetch is None else speed_ahead
+        return foreseen(replace(row.costs, bytes_per_s=scaled, link_bytes_per_s=link), misses)
 
 
-def one(planner: Planner, folder: Path, bits: int, memory: int, asked: argparse.Namespace) -> dict[str, Any]:
-    """Plan, run, plan."""
+def one(planner: Planner, folder: Path, bits: int, memory: int, turn: int, asked: argparse.Namespace) -> list[dict[str, Any]]:
+    """Plan, run each set-up in turning order, plan."""
     before = planner(bits, memory)
-    run = measured(folder, memory, asked)
-    rows = [before] if asked.quick else [before, planner(bits, memory)]
+    order = range(len(before))[:: -1 if turn % 2 else 1]
+    runs = {place: measured(folder, memory, before[place].prefetch or "none", asked) for place in order}
+    plans = [before] if asked.quick else [before, planner(bits, memory)]
+    return [compared(planner, [rows[place] for rows in plans], runs[place]) for place in range(len(before))]
+
+
+def compared(planner: Planner, rows: list[Any], run: dict[str, Any]) -> dict[str, Any]:
+    """What the plans of one set-up said, beside what it came to."""
+    before = rows[0]
     speeds = [planner.with_bandwidth(row, run) for row in rows]
     floor_s = statistics.fmean(found.floor_s for found in speeds)
     spread = max(run["probed_bytes_per_s"]) / min(run["probed_bytes_per_s"])
     found = {
-        "bits": bits,
-        "memory_bytes": memory,
+        "bits": before.bits,
+        "memory_bytes": before.budget.total_bytes,
+        "prefetch": before.prefetch,
         "expected_tokens_per_s": 1 / statistics.fmean(found.token_s for found in speeds),
         "expected_with_own_probe": 1 / statistics.fmean(row.speed.token_s for row in rows),
         "expected_with_its_hits": 1 / statistics.fmean(planner.with_bandwidth(row, run, hits=True).token_s for row in rows),
@@ -154,18 +166,26 @@ def one(planner: Planner, folder: Path, bits: int, memory: int, asked: argparse.
     return found | run
 
 
+def name_of(row: dict[str, Any]) -> str:
+    """A set-up in words."""
+    return f"{row['bits']:2d} bits, {row['memory_bytes'] / 1e9:.1f} GB{', reading ahead' if row['prefetch'] else ''}"
+
+
 def summarise(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Medians over the rounds for each precision and budget."""
     rows = []
     for bits in BITS:
-        for memory in BUDGETS:
-            mine = [run for run in runs if (run["bits"], run["memory_bytes"]) == (bits, memory)]
+        for memory, prefetch in itertools.product(BUDGETS, (None, "gate")):
+            mine = [run for run in runs if (run["bits"], run["memory_bytes"], run["prefetch"]) == (bits, memory, prefetch)]
+            if not mine:
+                continue
             names = ("expected_tokens_per_s", "expected_with_own_probe", "tokens_per_s", "floor_tokens_per_s")
             medians = {name: statistics.median(run[name] for run in mine) for name in names}
             ratio = medians["expected_tokens_per_s"] / medians["tokens_per_s"]
             row = {
                 "bits": bits,
                 "memory_bytes": memory,
+                "prefetch": prefetch,
                 **medians,
                 "ratio": ratio,
                 "ratio_of_rounds": sorted(run["expected_tokens_per_s"] / run["tokens_per_s"] for run in mine),
@@ -178,7 +198,7 @@ def summarise(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
             rows.append(row)
             verdict = "met" if row["within"] else "MISSED"
             print(
-                f"{bits:2d} bits, {memory / 1e9:.1f} GB: expected {medians['expected_tokens_per_s']:.2f}, measured "
+                f"{name_of(row)}: expected {medians['expected_tokens_per_s']:.2f}, measured "
                 f"{medians['tokens_per_s']:.2f} tok/s, ratio {ratio:.3f} ({row['ratio_of_rounds'][0]:.3f} to "
                 f"{row['ratio_of_rounds'][-1]:.3f}), at most {medians['floor_tokens_per_s']:.2f}; slots "
                 f"{row['slots'][0]} expected, {row['slots'][1]} given; hits {row['hit_rate'][0]:.3f}, {row['hit_rate'][1]:.3f} "
@@ -197,6 +217,7 @@ def main() -> None:
     parser.add_argument("--for", dest="stop_after", type=float, help="begin no further run after so many seconds")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--memory", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--prefetch", help=argparse.SUPPRESS)
     parser.add_argument("--tokens-file", type=Path, help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.worker:
@@ -229,14 +250,15 @@ def main() -> None:
             if not kept.time_left():
                 print("the same command goes on from here", file=sys.stderr)
                 return
-            run = one(planner, folders[bits], bits, memory, asked)
-            kept.add(run | {"round": number})
-            print(
-                f"round {number + 1}: {bits} bits, {memory / 1e9:.1f} GB: expected {run['expected_tokens_per_s']:.2f} "
-                f"({run['expected_with_own_probe']:.2f} with its own probe), measured {run['tokens_per_s']:.2f} tok/s",
-                file=sys.stderr,
-                flush=True,
-            )
+            for run in one(planner, folders[bits], bits, memory, number, asked):
+                kept.add(run | {"round": number})
+                print(
+                    f"round {number + 1}: {name_of(run)}: expected {run['expected_tokens_per_s']:.2f} "
+                    f"({run['expected_with_own_probe']:.2f} with its own probe), measured {run['tokens_per_s']:.2f} tok/s, "
+                    f"at most {run['floor_tokens_per_s']:.2f}",
+                    file=sys.stderr,
+                    flush=True,
+                )
     if any(run["commit"] != kept.commit for run in kept.runs):
         raise SystemExit(f"the runs in {scratch} are of several commits: remove it and begin again")
     config = {name: value for name, value in vars(asked).items() if isinstance(value, (int, str))}

@@ -40,7 +40,7 @@ FIELDS = {
     "prefetch_on": bool,
     "prefetch_recall": dict,
     "prefetch_own_s": float,
-    "prefetch_own_s_per_token": type(None),
+    "prefetch_own_s_per_token": float,
     "prefetch_with_s": type(None),
     "prefetch_without_s": type(None),
     "prefetch_times_off": int,
@@ -91,6 +91,8 @@ def test_reading_ahead_changes_nothing_but_the_reads(run, reference):
     assert done.exit_code == 0, done.stderr
     assert done.stdout == reference + "\n"
     assert "read ahead" in done.stderr and "at lead 1" in done.stderr
+    assert "at lead 1" in run("--prompt", PROMPT).stderr, "as by itself"
+    assert "read ahead" not in run("--prompt", PROMPT, "--prefetch", "none").stderr
 
 
 def test_a_predictor_of_this_model_reads_ahead_and_one_of_another_is_refused(run, reference, checkpoint, swapless, tmp_path):

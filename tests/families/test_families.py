@@ -2,7 +2,7 @@
 
 Each family is saved in both layouts, loaded with one or two slots a MoE layer, and must give the same logits in prefill and
 decode and the same greedy tokens. Types, sharding, padding, policy and residency change from family to family, so that every
-combination is met somewhere and the sweep stays short; bf16 is met by every family.
+combination is met somewhere and the sweep stays short; bf16 is met by every family, and so is reading ahead, in one layout.
 """
 
 from __future__ import annotations
@@ -60,7 +60,9 @@ def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_output_equals_eager_bit_for_bit(saved: Saved, layout: str, swept: dict[str, list[str]]) -> None:
+def test_output_equals_eager_bit_for_bit(
+    saved: Saved, layout: str, swept: dict[str, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     import torch
 
     from tests.families.compare import NEW_TOKENS, prompts, reference, run
@@ -72,7 +74,9 @@ def test_output_equals_eager_bit_for_bit(saved: Saved, layout: str, swept: dict[
     assert expected.prefill.isfinite().all() and expected.prefill.float().std() > 1e-3, "the tiny model is degenerate"
 
     folder, policy = saved.folders[layout], ("lru", "lfu")[saved.index // 4 % 2]
-    with swapless.load(folder, resident=slots_a_layer / EXPERTS, policy=policy, context=64) as model:
+    monkeypatch.setattr("swapless.runtime.budget.AHEAD_WORTH", 0)
+    prefetch = ("none", "auto")[turn // 2 % 2]
+    with swapless.load(folder, resident=slots_a_layer / EXPERTS, policy=policy, prefetch=prefetch, context=64) as model:
         got = run(model, given)
         stats, trace, slots = model.swapless.stats(), model.swapless.trace(), model.swapless.budget.slots
 

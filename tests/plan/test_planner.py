@@ -63,7 +63,7 @@ def test_a_store_that_is_not_there_is_as_large_as_the_real_one(
 
 
 def test_the_lossless_line_has_the_slots_that_load_gives(opened: Any, checkpoint: Path) -> None:
-    with swapless.load(checkpoint, resident=0.5, context=256) as model:
+    with swapless.load(checkpoint, resident=0.5, prefetch="auto", context=256) as model:
         own = model.swapless.budget
         depth = model.swapless.probe.depth
     machine = made_machine(base_bytes=own.parts["base"], loading_bytes=own.parts["loading"] - _TENSOR_BYTES * len(opened.refs))
@@ -108,19 +108,34 @@ def test_fewer_bits_need_less(large: Any, least: int) -> None:
     assert planned(large, needs[16, 16], whole=False).lossless is not None
 
 
-def test_less_memory_is_fewer_slots_fewer_hits_and_reading_ahead_is_a_choice(opened: Any, roomy: Any) -> None:
-    tight = roomy.set_ups[0].needs_bytes + 2 * MIB
+def test_less_memory_is_fewer_slots_and_fewer_hits_and_what_is_missing_is_read_ahead(opened: Any, roomy: Any) -> None:
+    tight = roomy.set_ups[0].needs_bytes + 5 * MIB
     found = planned(opened, tight)
     plain, ahead = found.set_ups[:2]
-    assert (plain.prefetch, ahead.prefetch) == (None, "gate")
+    assert (plain.prefetch, plain.default, ahead.prefetch, ahead.default) == (None, False, "gate", True)
     assert ahead.budget.slots < plain.budget.slots < 96
     assert ahead.hit_rate < plain.hit_rate < 1
-    assert found.lossless is plain, "what run does with no further options"
-    assert found.best.prefetch is None, "an estimate is not recommended"
-    assert ahead.commands[0].endswith("--prefetch gate --context 256 --prompt ...")
+    assert found.lossless is ahead, "what run does with no further options"
+    assert found.best.default
+    assert ahead.commands == (f"swapless run owner/model --memory {tight}B --context 256 --prompt ...",)
+    assert plain.commands[0].endswith("--prefetch none --context 256 --prompt ...")
     for row in found.set_ups:
         assert row.budget is None or row.speed.token_s >= row.speed.floor_s > 0
         assert row.budget is None or row.budget.total_bytes == tight
+
+
+def test_where_slots_are_few_none_is_set_aside_for_reading_ahead(opened: Any, roomy: Any) -> None:
+    found = planned(opened, roomy.set_ups[0].needs_bytes)
+    assert found.set_ups[0].budget.slots == 1
+    assert (found.set_ups[0].prefetch, found.set_ups[0].default) == (None, True)
+    assert "--prefetch" not in found.lossless.commands[0]
+
+
+def test_where_a_router_cannot_be_asked_nothing_is_promised(opened: Any, roomy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("swapless.plan.hollow.HollowRun.foresees", False)
+    found = planned(opened, roomy.set_ups[0].needs_bytes + 5 * MIB)
+    assert all(row.prefetch is None and row.default for row in found.set_ups)
+    assert found.lossless.budget.ahead_slots > 0, "as in a run, which learns it from the first prompt"
 
 
 def test_a_packed_store_has_its_own_precision_alone_and_its_price(checkpoint: Path, tmp_path: Path) -> None:
@@ -151,3 +166,4 @@ def test_commands_can_be_typed() -> None:
     packing, run = commands("my folder/model", 8 << 30, pack=(8, 16), policy="lru", context=100)
     assert packing == "swapless pack 'my folder/model' --bits 8 --dense-bits 16 --out model-8-16bit"
     assert run == "swapless run model-8-16bit --memory 8GiB --policy lru --context 100 --prompt ..."
+    assert "--prefetch none" in commands("model", 8 << 30, prefetch="none")[0]

@@ -99,3 +99,19 @@ def test_reading_ahead_helps_where_the_link_is_idle():
     given, misses = costs(bytes_per_s={1: 4.0}), binomial(2, 0.5)
     assert speed_ahead(given, misses).token_s < speed(given, misses).token_s
     assert speed_ahead(given, binomial(2, 1.0)).token_s == speed(given, binomial(2, 1.0)).token_s
+
+
+def test_reading_ahead_has_its_price():
+    misses = binomial(2, 0.5)
+    free, asks = (speed_ahead(costs(bytes_per_s={1: 4.0}, ahead_s=own), misses).token_s for own in (0.0, 0.25))
+    assert asks == pytest.approx(free + 0.25)
+    # One read of 1 s a layer is missing and there is time for it ahead; half of the pace is left meanwhile.
+    slowed = costs(bytes_per_s={1: 4.0}, pace_beside_reads=0.5)
+    assert speed_ahead(slowed, misses).token_s >= free + 3 * 0.5
+    dear = costs(bytes_per_s={1: 4.0}, ahead_s=100.0)
+    assert speed_ahead(dear, misses).token_s == speed(dear, misses).token_s, "a run goes without then"
+
+
+def test_the_floor_is_the_fastest_that_was_timed():
+    assert speed(costs(bytes_per_s={1: 100.0}, least_compute_s=8.0), binomial(2, 0.5)).floor_s == 8
+    assert speed(costs(least_compute_s=8.0), np.array([0.0, 0.0, 1.0])).floor_s == 12, "the bytes are more"

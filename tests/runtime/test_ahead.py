@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 import torch
 
-from swapless.errors import BudgetError, ReadError, UsageError
+from swapless.errors import BudgetError, ReadError, UnsupportedOperationError, UsageError
 from swapless.runtime.ahead import Governor, ReadAhead
 from swapless.runtime.loader import PREFETCH, Loader
+from swapless.runtime.routers import near_experts
 from tests.runtime.conftest import SHAPE
 from tests.runtime.slots import assert_no_slot_lies
 
@@ -98,6 +99,31 @@ def test_everything_resident_needs_no_room_beside(olmoe: Path, load: Any, genera
     model = load(olmoe, resident=1.0, prefetch="gate")
     generate(model, prompt)
     assert model.swapless.budget.ahead_slots == 0
+    assert model.swapless.stats().prefetch_reads == 0
+
+
+@pytest.mark.parametrize(("slots", "asked"), [(2, False), (16, True)])
+def test_left_to_the_budget_it_needs_no_more_memory(
+    olmoe: Path, load: Any, generate: Any, prompt: Any, eager: Any, slots: int, asked: bool
+) -> None:
+    share = slots / (SHAPE.num_moe_layers * SHAPE.num_experts)
+    model = load(olmoe, resident=share, prefetch="auto")
+    assert torch.equal(generate(model, prompt), generate(eager(olmoe), prompt))
+    assert (model.swapless.budget.ahead_slots > 0) == asked == bool(model.swapless.stats().prefetch_recall)
+    assert model.swapless.budget.floor_bytes < load(olmoe, resident=share, prefetch="gate").swapless.budget.floor_bytes
+
+
+def test_a_router_that_cannot_be_asked_is_an_error_only_where_it_must_be(
+    olmoe: Path, load: Any, generate: Any, prompt: Any, eager: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "swapless.runtime.lookahead.near_experts", lambda model: [modules[-1:] for modules in near_experts(model)]
+    )
+    share = 16 / (SHAPE.num_moe_layers * SHAPE.num_experts)
+    with pytest.raises(UnsupportedOperationError, match="cannot be asked ahead"):
+        generate(load(olmoe, resident=share, prefetch="gate"), prompt)
+    model = load(olmoe, resident=share, prefetch="auto")
+    assert torch.equal(generate(model, prompt), generate(eager(olmoe), prompt))
     assert model.swapless.stats().prefetch_reads == 0
 
 

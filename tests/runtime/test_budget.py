@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from swapless.errors import BudgetError
-from swapless.runtime.budget import STAGING_SLOTS, plan_budget
+from swapless.runtime.budget import AHEAD_WORTH, STAGING_SLOTS, plan_budget
 
 MIB = 1 << 20
 FIXED = {"base": 300 * MIB, "non_expert": 50 * MIB, "kv_cache": 7 * MIB}
@@ -49,6 +49,21 @@ def test_everything_resident_needs_no_staging() -> None:
     assert plan(share=1.0).staging_slots == 0
     assert plan(100_000 * MIB).staging_slots == 0
     assert plan(share=0.5).staging_slots == STAGING_SLOTS
+
+
+def test_slots_for_reading_ahead_are_set_aside_where_the_cache_keeps_most() -> None:
+    least = AHEAD_WORTH * 8 + 8
+    for share in (least / 512, 0.5):
+        budget = plan(share=share, ahead_slots=8, ahead_if_worth=True)
+        assert (budget.slots, budget.ahead_slots) == (int(share * 512), 8)
+    assert plan(share=(AHEAD_WORTH * 8 - 1) / 512, ahead_slots=8, ahead_if_worth=True).ahead_slots == 0
+    assert plan(share=1.0, ahead_slots=8, ahead_if_worth=True).ahead_slots == 0
+    total = plan(share=AHEAD_WORTH * 8 / 512, ahead_slots=8).total_bytes
+    asked = plan(total, ahead_slots=8, ahead_if_worth=True)
+    assert (asked.slots, asked.ahead_slots) == (AHEAD_WORTH * 8, 8)
+    less = plan(total - 1, ahead_slots=8, ahead_if_worth=True)
+    assert (less.slots, less.ahead_slots) == (AHEAD_WORTH * 8 + 7, 0), "what is not set aside is the cache's"
+    assert less == plan(total - 1), "as if it had not been asked for, the floor too"
 
 
 def test_the_floor_is_where_it_says() -> None:

@@ -104,10 +104,11 @@ Policy = Annotated[
     ),
 ]
 Prefetch = Annotated[
-    str | None,
+    str,
     typer.Option(
-        metavar="gate|FILE",
-        help="Read ahead: 'gate' asks the next MoE layer's router in advance, 'gate:2' the next two; a FILE of predict train.",
+        metavar="auto|none|gate|FILE",
+        help="Read ahead: 'gate' asks the next MoE layer's router in advance, 'gate:2' the next two, 'auto' where it leaves "
+        "the cache its slots; a FILE of predict train.",
     ),
 ]
 Seed = Annotated[int, typer.Option(metavar="N", min=0, help="Seed of the sampling.")]

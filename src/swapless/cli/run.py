@@ -35,7 +35,7 @@ def run(
     threads: options.Threads = None,
     context: options.Context = None,
     policy: options.Policy = DEFAULT_POLICY,
-    prefetch: options.Prefetch = None,
+    prefetch: options.Prefetch = "auto",
     record: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the routing as a trace (.parquet).")] = None,
     as_json: options.Json = False,
     quiet: options.Quiet = False,

@@ -14,7 +14,7 @@ def commands(
     memory_bytes: int,
     *,
     pack: tuple[int, int] | None = None,
-    prefetch: str | None = None,
+    prefetch: str = "auto",
     policy: str = DEFAULT_POLICY,
     context: int | None = None,
 ) -> tuple[str, ...]:
@@ -32,7 +32,7 @@ def commands(
         lines.append(["swapless", "pack", name, "--bits", f"{bits}", "--dense-bits", f"{dense_bits}", "--out", store])
         name = store
     run = ["swapless", "run", name, "--memory", exact_size(memory_bytes)]
-    if prefetch is not None:
+    if prefetch != "auto":
         run += ["--prefetch", prefetch]
     if policy != DEFAULT_POLICY:
         run += ["--policy", policy]

@@ -24,6 +24,7 @@ from swapless.runtime.budget import Budget
 from swapless.runtime.compute import Experts
 from swapless.runtime.door import IMPLEMENTATION, experts_of, group_heads, skeleton, strip_experts
 from swapless.runtime.engine import Engine
+from swapless.runtime.lookahead import GateLookahead
 from swapless.runtime.memory import MemoryMeter
 from swapless.runtime.open import OpenCheckpoint
 from swapless.runtime.routing import RoutingLog
@@ -43,6 +44,13 @@ class Linear(NamedTuple):
     inputs: int
     outputs: int
     bias: bool
+
+
+class Times(NamedTuple):
+    """Of several steps: the usual seconds, and the least, which a neighbour on the machine disturbed least."""
+
+    median: float
+    least: float
 
 
 class HollowStep(NamedTuple):
@@ -118,14 +126,17 @@ class HollowRun:
             if isinstance(module, torch.nn.Linear):
                 key = Linear(path, module.in_features, module.out_features, module.bias is not None)
                 module.register_forward_pre_hook(lambda *_, key=key: self._called.update([key] if self._counting else ()))
-        self._engine = _engine(opened, policy, budget, self._compute)
+        self._lookahead = GateLookahead(model, required=False)
+        self._engine = _engine(opened, policy, budget, self._compute, self._lookahead)
+        self._prefetcher = self._engine._fetcher.prefetcher
         for moe_layer, (_, experts) in enumerate(experts_of(model)):
             experts.swapless_engine = self._engine  # type: ignore[assignment]
             experts.swapless_moe_layer = moe_layer  # type: ignore[assignment]
         StepHooks(self._engine, _MOST_TOKENS).attach(model)
 
     def __enter__(self) -> HollowRun:
-        self._forward(_PROMPT_TOKENS)
+        self._forward(_PROMPT_TOKENS)  # which shows the routers
+        self._engine._fetcher.prefetcher = None
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -133,7 +144,7 @@ class HollowRun:
 
     def step(self, steps: int = 12) -> HollowStep:
         """The median of so many steps whose linear layers and experts answer zero at once."""
-        seconds = self._median_s(steps)
+        seconds = self._times(steps).median
         self._counting = True
         self._forward(1)
         self._counting = False
@@ -143,14 +154,14 @@ class HollowRun:
         """From now on, the attention that a load of ``form`` takes."""
         group_heads(self._model, form.rounded)
 
-    def linears_s(self, products: Mapping[str, Callable[[torch.Tensor], torch.Tensor]], steps: int = 12) -> float:
+    def linears_s(self, products: Mapping[str, Callable[[torch.Tensor], torch.Tensor]], steps: int = 12) -> Times:
         """Seconds of a step whose linear layers compute ``products``, by path, and whose experts still answer zero."""
         modules = dict(self._model.named_modules())
         hollow = {path: modules[path].forward for path in products}
         for path, product in products.items():
             modules[path].forward = product
         try:
-            return self._median_s(steps)
+            return self._times(steps)
         finally:
             for path, forward in hollow.items():
                 modules[path].forward = forward
@@ -164,9 +175,22 @@ class HollowRun:
             for moe_layer in range(cache.num_moe_layers):
                 cache.forget(moe_layer, every)
 
-        return self._median_s(steps, forget)
+        return self._times(steps, forget).median
 
-    def experts_s(self, experts: Experts, steps: int = 12) -> float:
+    @property
+    def foresees(self) -> bool:
+        """Whether this family's routers can be asked ahead."""
+        return self._lookahead.routers > 0
+
+    def foreseeing_s(self, steps: int = 12) -> float:
+        """Seconds of a hollow step that asks the routers ahead, and finds everything resident."""
+        self._engine._fetcher.prefetcher = self._prefetcher
+        try:
+            return self._times(steps).median
+        finally:
+            self._engine._fetcher.prefetcher = None
+
+    def experts_s(self, experts: Experts, steps: int = 12) -> Times:
         """Seconds a step spends in ``experts``, with other work in between as in a run: no cache and no thread stays warm."""
         self._experts, seconds = experts, []
         for _ in range(_WARM_UP + steps):
@@ -174,14 +198,14 @@ class HollowRun:
             self._forward(1)
             seconds.append(self._experts_s)
         self._experts = _zero_experts
-        return statistics.median(seconds[_WARM_UP:])
+        return _times(seconds)
 
-    def _median_s(self, steps: int, before: Callable[[], None] = lambda: None) -> float:
+    def _times(self, steps: int, before: Callable[[], None] = lambda: None) -> Times:
         seconds = []
         for _ in range(_WARM_UP + steps):
             before()
             seconds.append(self._forward(1))
-        return statistics.median(seconds[_WARM_UP:])
+        return _times(seconds)
 
     @torch.inference_mode()
     def _forward(self, tokens: int) -> float:
@@ -199,7 +223,12 @@ class HollowRun:
         return out
 
 
-def _engine(opened: OpenCheckpoint, policy: Policy, budget: Budget, experts: Experts) -> Engine:
+def _times(seconds: list[float]) -> Times:
+    counted = seconds[_WARM_UP:]
+    return Times(statistics.median(counted), min(counted))
+
+
+def _engine(opened: OpenCheckpoint, policy: Policy, budget: Budget, experts: Experts, lookahead: GateLookahead) -> Engine:
     layers = opened.layout.moe_layers
     num_experts = max(layer.num_experts for layer in layers)
     header = TraceHeader(
@@ -219,6 +248,7 @@ def _engine(opened: OpenCheckpoint, policy: Policy, budget: Budget, experts: Exp
         probe=Probe(block_bytes=0, bytes_per_s={1: 1.0}, fixed_s=0.0, depth=1, direct=False),
         meter=MemoryMeter(),
         routing=RoutingLog(header),
+        lookahead=lookahead,
     )
 
 
@@ -243,7 +273,9 @@ class _NoStore:
 
 
 class _NoPool:
-    """Slots of no bytes."""
+    """Slots of no bytes, and none beside the cache."""
+
+    slots = 0
 
     def bytes_of(self, slot: int) -> np.ndarray:
         return np.empty(0, np.uint8)

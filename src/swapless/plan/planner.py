@@ -8,12 +8,13 @@ nearest stored curve. The budget is divided by the engine's own function.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from swapless.cache import DEFAULT_POLICY, POLICIES
 from swapless.errors import BudgetError, message
 from swapless.plan.commands import commands
 from swapless.plan.hits import Hits
-from swapless.plan.hollow import HollowRun, hollow_model
+from swapless.plan.hollow import HollowRun, Times, hollow_model
 from swapless.plan.machine import Machine
 from swapless.plan.precision import as_packed, disk_bytes
 from swapless.plan.products import expert_time, linear_products
@@ -25,7 +26,7 @@ from swapless.runtime.door import experts_of
 from swapless.runtime.dry import DryRun, dry_run
 from swapless.runtime.memory import MemoryMeter
 from swapless.runtime.open import OpenCheckpoint
-from swapless.runtime.parts import budget_shape, context_of, gate_leads, parts_to_come
+from swapless.runtime.parts import AUTO_PREFETCH, budget_shape, context_of, gate_leads, parts_to_come
 from swapless.units import format_size
 
 PRECISIONS = ((16, 16), (8, 16), (8, 8), (4, 16), (4, 8))
@@ -97,53 +98,82 @@ def plan(
     else:
         forms = [opened]
     reads = Reads(opened, machine, whole)
-    budgets = [
-        (form, prefetch, *_budget(form, dry, reads, machine, memory_bytes, context_tokens, policy, prefetch))
-        for form in forms
-        for prefetch in (None, "gate")
-    ]
-    if all(budget is None for *_, budget, _ in budgets):
-        raise _too_small(memory_bytes, budgets)
-    largest = next(budget for *_, budget, _ in budgets if budget is not None)
+    cases = [case for form in forms for case in _cases(form, dry, reads, machine, memory_bytes, context_tokens, policy)]
+    largest = next((case.budget for case in cases if case.budget is not None), None)
+    if largest is None:
+        raise _too_small(memory_bytes, cases)
     module = next(module for _, module in experts_of(model))
     rows: list[SetUp] = []
     costs: dict[int, Costs] = {}
-    others_s: dict[tuple[int, bool], float] = {}
+    others_s: dict[tuple[int, bool], Times] = {}
     with HollowRun(model, opened, POLICIES.get(policy)(), largest) as hollow:
         step = hollow.step()
         miss_s = max(0.0, hollow.missing_s() - step.seconds) / opened.experts_a_token
-        for number, (form, prefetch, budget, needs) in enumerate(budgets):
-            report("timing products and reads", 0.2 + 0.8 * number / len(budgets))
-            if prefetch is not None and (budget is None or budget.slots == budget.num_experts_total):
-                continue  # nothing to read ahead
-            if budget is not None and id(form) not in costs:
-                same = form.manifest.dense_bits if form.manifest else 16, form.rounded
+        ahead_s = max(0.0, hollow.foreseeing_s() - step.seconds)
+        if not hollow.foresees:  # a run sets the slots aside, and reads nothing ahead
+            cases = [case._replace(prefetch=None) for case in cases if case.default]
+        for number, case in enumerate(cases):
+            report("timing products and reads", 0.2 + 0.8 * number / len(cases))
+            form = case.form
+            if case.budget is not None and id(form) not in costs:
+                same = form.bits[1], form.rounded
                 if same not in others_s:
                     hollow.attend_as(form)
                     others_s[same] = hollow.linears_s(linear_products(form, step.linears))
+                others = others_s[same]
                 products = expert_time(form, module, reads.traffic(form), hollow.experts_s)
                 costs[id(form)] = Costs(
                     num_moe_layers=len(form.layout.moe_layers),
                     top_k=form.experts_a_token // len(form.layout.moe_layers),
-                    other_s=others_s[same],
+                    other_s=others.median,
                     expert_s=products.together_s,
                     lone_expert_s=products.alone_s,
                     miss_s=miss_s,
                     pace_beside_reads=products.pace_beside_reads,
                     reading_beside_compute=products.reading_beside_compute,
                     first_read_s=products.first_read_s,
+                    ahead_s=ahead_s,
+                    least_compute_s=others.least + form.experts_a_token * products.least_s,
                     **reads.costs(form, products.read_bytes_per_s),
                 )
-            rows.append(_set_up(form, name, prefetch, policy, budget, needs, hits, costs.get(id(form)), memory_bytes, context))
+            rows.append(_set_up(case, name, policy, hits, costs.get(id(form)), memory_bytes, context))
     return Plan(
         memory_bytes=memory_bytes,
         context_tokens=context_tokens,
         hits_from=hits.source,
         reads_from=reads.source,
         set_ups=tuple(rows),
-        lossless=next((row for row in rows if row.lossless and row.prefetch is None and row.budget), None),
+        lossless=next((row for row in rows if row.lossless and row.default and row.budget), None),
         best=_best(rows),
     )
+
+
+class _Case(NamedTuple):
+    """A precision with and without reading ahead: what it may hold, None where the memory is not enough; and what it needs."""
+
+    form: OpenCheckpoint
+    prefetch: str | None
+    default: bool
+    budget: Budget | None
+    needs_bytes: int
+
+
+def _cases(
+    form: OpenCheckpoint,
+    dry: DryRun,
+    reads: Reads,
+    machine: Machine,
+    memory_bytes: int,
+    context_tokens: int,
+    policy: str,
+) -> list[_Case]:
+    """A run reads ahead where that leaves the cache most of its slots, and there the case without is shown beside it."""
+    plain, ahead = (
+        _budget(form, dry, reads, machine, memory_bytes, context_tokens, policy, leads) for leads in ([], gate_leads("gate"))
+    )
+    if ahead[0] is None or not ahead[0].ahead_slots:
+        return [_Case(form, None, True, *plain)]
+    return [_Case(form, None, False, *plain), _Case(form, "gate", True, *ahead)]
 
 
 def _budget(
@@ -154,7 +184,7 @@ def _budget(
     memory_bytes: int,
     context_tokens: int,
     policy: str,
-    prefetch: str | None,
+    leads: Sequence[int],
 ) -> tuple[Budget | None, int]:
     """The engine's budget of one set-up, None where the memory is not enough; and the smallest that is."""
     base = machine.base_bytes
@@ -167,7 +197,7 @@ def _budget(
         "non_expert": form.layout.non_expert_bytes,
         "loading": machine.loading_bytes + _TENSOR_BYTES * len(form.refs),
     }
-    shape = budget_shape(form, context_tokens, gate_leads(prefetch))
+    shape = budget_shape(form, context_tokens, leads, ahead_if_worth=True)
     come = parts_to_come(form, POLICIES.get(policy)(), dry, context_tokens, reads.io_bytes(form))
     # How many reads are in flight is probed anew by each load, so what is promised holds for the most of them.
     most = fixed | come | {"io_buffers": reads.most_io_bytes(form)}
@@ -179,23 +209,20 @@ def _budget(
 
 
 def _set_up(
-    form: OpenCheckpoint,
+    case: _Case,
     name: str,
-    prefetch: str | None,
     policy: str,
-    budget: Budget | None,
-    needs: int,
     hits: Hits,
     costs: Costs | None,
     memory_bytes: int,
     context: int | None,
 ) -> SetUp:
-    manifest = form.manifest
-    bits, dense_bits = (manifest.bits, manifest.dense_bits) if manifest else (16, 16)
+    manifest, budget = case.form.manifest, case.budget
+    bits, dense_bits = case.form.bits
     rate = found = None
     if budget is not None and costs is not None:
         rate, misses = hits.of(budget.slots)
-        found = (speed if prefetch is None else speed_ahead)(costs, misses)
+        found = (speed if case.prefetch is None else speed_ahead)(costs, misses)
     perplexity = 1.0 if bits == dense_bits == 16 else None
     if manifest is not None and manifest.perplexity:
         perplexity = manifest.perplexity["packed"] / manifest.perplexity["original"]
@@ -205,19 +232,20 @@ def _set_up(
         dense_bits=dense_bits,
         packed=manifest is not None,
         policy=policy,
-        prefetch=prefetch,
+        prefetch=case.prefetch,
+        default=case.default,
         budget=budget,
-        needs_bytes=needs,
+        needs_bytes=case.needs_bytes,
         hit_rate=rate,
         speed=found,
         costs=costs,
         perplexity_ratio=perplexity,
-        disk_bytes=disk_bytes(form),
+        disk_bytes=disk_bytes(case.form),
         commands=commands(
             name,
             memory_bytes,
             pack=None if manifest is None or there else (bits, dense_bits),
-            prefetch=prefetch,
+            prefetch=AUTO_PREFETCH if case.default else "none",
             policy=policy,
             context=context,
         ),
@@ -225,12 +253,9 @@ def _set_up(
 
 
 def _best(rows: Sequence[SetUp]) -> SetUp:
-    """The fastest, held against those with more bits: fewer must be worth it.
-
-    What reading ahead gains is an estimate that no run has confirmed, so it is shown and never recommended.
-    """
+    """The fastest, held against those with more bits: fewer must be worth it. A run tries whether reading ahead pays."""
     best: SetUp | None = None
-    fit = (row for row in rows if row.speed and row.prefetch is None)
+    fit = (row for row in rows if row.speed and row.default)
     for row in sorted(fit, key=lambda row: (-row.bits, -row.dense_bits)):
         assert row.speed is not None
         if best is None or best.speed is None or row.speed.tokens_per_s > WORTH_BITS * best.speed.tokens_per_s:
@@ -239,11 +264,8 @@ def _best(rows: Sequence[SetUp]) -> SetUp:
     return best
 
 
-def _too_small(memory_bytes: int, budgets: Sequence[tuple[OpenCheckpoint, str | None, Budget | None, int]]) -> BudgetError:
-    least: dict[tuple[int, int], int] = {}
-    for form, _, _, needed in budgets:
-        key = (form.manifest.bits, form.manifest.dense_bits) if form.manifest else (16, 16)
-        least[key] = min(needed, least.get(key, needed))
+def _too_small(memory_bytes: int, cases: Sequence[_Case]) -> BudgetError:
+    least = {case.form.bits: case.needs_bytes for case in cases}
     bits, dense = min(least, key=lambda key: least[key])
     unpacked = least.get((16, 16))
     allowed = f"at least {format_size(least[bits, dense])} ({least[bits, dense]} bytes), with experts of {bits} bits"

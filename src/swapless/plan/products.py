@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from swapless.plan.hollow import Linear
+from swapless.plan.hollow import Linear, Times
 from swapless.plan.traffic import Traffic
 from swapless.runtime.memory import available_bytes
 from swapless.runtime.open import OpenCheckpoint
@@ -44,7 +44,8 @@ _BESIDE_S = 0.3
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExpertTime:
-    """Seconds of one expert for one token: ``together`` with the others of its token in one call, or ``alone``.
+    """Seconds of one expert for one token: ``together`` with the others of its token in one call (``least`` is the fastest of
+    the calls), or ``alone``.
 
     ``pace_beside_reads`` is the share of its speed that is left while reads are under way. ``read_bytes_per_s`` is what reads
     come to by themselves, and ``reading_beside_compute`` the share of it that is left meanwhile; ``first_read_s`` is what one
@@ -52,6 +53,7 @@ class ExpertTime:
     """
 
     together_s: float
+    least_s: float
     alone_s: float
     pace_beside_reads: float = 1.0
     read_bytes_per_s: float | None = None
@@ -71,7 +73,7 @@ def cold_bytes(caches: Path = _CACHES) -> int:
     return max(_LEAST_COLD_BYTES, min(last * 3 // 2, _MOST_COLD_BYTES, available_bytes() // 4))
 
 
-InPlace = Callable[[Callable[..., Any]], float]
+InPlace = Callable[[Callable[..., Any]], Times]
 """Seconds a decode step spends in a computation of experts: :meth:`~swapless.plan.hollow.HollowRun.experts_s`."""
 
 
@@ -111,11 +113,12 @@ def expert_time(
             together = alone = _median_s(lambda: call(1))
             if top_k > 1:
                 together = _median_s(lambda: call(top_k)) / top_k
+            least = together
             if in_place is not None:
-                slower = in_place(cold) / len(layers) / top_k / together
-                together, alone = together * slower, alone * slower
+                usual, least = (seconds / len(layers) / top_k for seconds in in_place(cold))
+                together, alone = usual, alone * usual / together
             if traffic is None:
-                return ExpertTime(together_s=together, alone_s=alone)
+                return ExpertTime(together_s=together, least_s=least, alone_s=alone)
             some = max(1, top_k // 2)
             undisturbed = _calls_per_s(lambda: call(some))
             first_read_s = traffic.first_read_s(lambda: call(some))
@@ -125,6 +128,7 @@ def expert_time(
             share = disturbed.moved_bytes_per_s / max(1.0, reading.moved_bytes_per_s)
             return ExpertTime(
                 together_s=together,
+                least_s=least,
                 alone_s=alone,
                 pace_beside_reads=min(1.0, disturbed.rate / undisturbed.rate),
                 read_bytes_per_s=reading.moved_bytes_per_s,

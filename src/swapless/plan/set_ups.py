@@ -23,6 +23,8 @@ class SetUp:
         Who goes when a slot is needed.
     prefetch : str or None
         What is read ahead.
+    default : bool
+        Whether that is what ``swapless run`` does of itself.
     budget : Budget or None
         Where the bytes go; None where the memory is not enough.
     needs_bytes : int
@@ -46,6 +48,7 @@ class SetUp:
     packed: bool
     policy: str
     prefetch: str | None
+    default: bool
     budget: Budget | None
     needs_bytes: int
     hit_rate: float | None

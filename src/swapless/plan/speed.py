@@ -48,6 +48,10 @@ class Costs:
         Share of the bandwidth that reads keep while experts are computed.
     first_read_s : float
         Seconds more that the first read of a MoE layer takes, since the disk had nothing to do before it.
+    ahead_s : float
+        Seconds a token of foreseeing, where there is reading ahead.
+    least_compute_s : float, optional
+        The least that the compute of a token can take; by default what it usually takes.
     """
 
     num_moe_layers: int
@@ -63,6 +67,8 @@ class Costs:
     pace_beside_reads: float = 1.0
     reading_beside_compute: float = 1.0
     first_read_s: float = 0.0
+    ahead_s: float = 0.0
+    least_compute_s: float | None = None
 
     def reading_s(self, misses: float) -> float:
         """Seconds an expert's read takes by itself, where so many are asked for at once."""
@@ -103,7 +109,7 @@ class Costs:
 class Speed:
     """Expected time of a token, and the least that it could be.
 
-    ``floor_s`` is the larger of computing everything and of reading the bytes at the best bandwidth.
+    ``floor_s`` is the larger of computing everything at the best pace and of reading the bytes at the best bandwidth.
     """
 
     token_s: float
@@ -147,7 +153,8 @@ def speed_ahead(costs: Costs, misses: np.ndarray, recall: float = GATE_RECALL) -
     """The same with the next MoE layer's experts foreseen and read while the link is idle.
 
     An estimate: of what is missing, the share ``recall`` is foreseen, and so many of the reads begin ahead as fit into the time
-    in which nothing is read on demand; those foreseen in vain take the same time and bytes.
+    in which nothing is read on demand; those foreseen in vain take the same time and bytes. All of them slow down what is
+    computed beside, and foreseeing itself takes its time. A run goes without where that is faster.
     """
     layers = costs.num_moe_layers
     missing = _mean(misses)
@@ -162,7 +169,8 @@ def speed_ahead(costs: Costs, misses: np.ndarray, recall: float = GATE_RECALL) -
     rate = 1 - left * missing / costs.top_k
     spread = binomial(costs.top_k, rate) if left else (places == 0).astype(np.float64)
     experts_s = sum(share * costs.layer_s(costs.top_k - count, count) for count, share in enumerate(spread.tolist()))
-    token_s = min(before.token_s, costs.other_s + layers * experts_s)
+    slowed_s = ahead * read_s * (1 - costs.pace_beside_reads)
+    token_s = min(before.token_s, costs.other_s + costs.ahead_s + layers * (experts_s + slowed_s))
     return _speed(costs, token_s, layers * (missing + ahead * (1 - recall)))
 
 
@@ -173,5 +181,6 @@ def _mean(misses: np.ndarray) -> float:
 def _speed(costs: Costs, token_s: float, reads: float) -> Speed:
     nbytes = reads * costs.read_bytes
     compute_s = costs.other_s + costs.num_moe_layers * costs.top_k * costs.expert_s
-    floor_s = max(compute_s, nbytes / (costs.link_bytes_per_s or max(costs.bytes_per_s.values())))
+    reading_s = nbytes / (costs.link_bytes_per_s or max(costs.bytes_per_s.values()))
+    floor_s = max(compute_s if costs.least_compute_s is None else costs.least_compute_s, reading_s)
     return Speed(token_s=max(token_s, floor_s), floor_s=floor_s, compute_s=compute_s, bytes_a_token=nbytes)

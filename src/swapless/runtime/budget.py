@@ -17,6 +17,9 @@ from swapless.units import format_size
 STAGING_SLOTS = 4
 """Slots through which prefill streams experts that get no place of their own: two being read, one computed, one ready."""
 
+AHEAD_WORTH = 8
+"""Slots that the cache must keep for each one set aside for reading ahead, where that is left to the budget."""
+
 _SLACK_BYTES = 24 << 20
 """Left free: allocator fragments, the trace of the run, the interpreter's own growth while generating."""
 
@@ -64,6 +67,7 @@ def plan_budget(
     experts_a_token: int,
     context_tokens: int,
     ahead_slots: int = 0,
+    ahead_if_worth: bool = False,
 ) -> Budget:
     """Divide a budget, or find the one that a resident share needs.
 
@@ -83,6 +87,8 @@ def plan_budget(
         The context that the parts were calculated for.
     ahead_slots : int
         Slots beside the cache for what is read ahead; none are needed where every expert is resident.
+    ahead_if_worth : bool
+        Set none aside where the cache would be left with fewer than ``AHEAD_WORTH`` times as many.
 
     Raises
     ------
@@ -92,31 +98,33 @@ def plan_budget(
     fixed = dict(fixed_parts) | {"slack": _SLACK_BYTES}
     fixed_bytes = sum(fixed.values())
     staging = min(STAGING_SLOTS, num_experts_total)
-    beside = staging + ahead_slots
-    floor = fixed_bytes + (1 + beside) * slot_bytes
+    needed = staging + (0 if ahead_if_worth else ahead_slots)
+    floor = fixed_bytes + (1 + needed) * slot_bytes
     if total_bytes is None:
         assert resident_share is not None, "either a budget or a share is given"
         slots = max(1, int(resident_share * num_experts_total + 1e-9))
-        if slots == num_experts_total:
-            staging = ahead_slots = 0
-        total_bytes = fixed_bytes + (slots + staging + ahead_slots) * slot_bytes
     else:
         slots = (total_bytes - fixed_bytes) // slot_bytes
-        if slots >= num_experts_total:
-            slots, staging, ahead_slots = num_experts_total, 0, 0
-        else:
-            slots -= beside
-        if slots < 1:
-            parts = ", ".join(f"{name} {format_size(size)}" for name, size in fixed.items())
-            raise BudgetError(
-                message(
-                    "The memory budget is too small for this model.",
-                    got=f"{format_size(total_bytes)} ({total_bytes} bytes)",
-                    allowed=f"at least {format_size(floor)} ({floor} bytes): {parts}, "
-                    f"and {1 + beside} experts of {format_size(slot_bytes)}",
-                    step="Raise --memory, or lower --context.",
-                )
+        if slots < num_experts_total:
+            slots -= staging + ahead_slots
+    if slots >= num_experts_total:
+        slots, staging, ahead_slots = num_experts_total, 0, 0
+    elif ahead_if_worth and slots < AHEAD_WORTH * ahead_slots:
+        slots += 0 if total_bytes is None else ahead_slots
+        ahead_slots = 0
+    if total_bytes is None:
+        total_bytes = fixed_bytes + (slots + staging + ahead_slots) * slot_bytes
+    if slots < 1:
+        parts = ", ".join(f"{name} {format_size(size)}" for name, size in fixed.items())
+        raise BudgetError(
+            message(
+                "The memory budget is too small for this model.",
+                got=f"{format_size(total_bytes)} ({total_bytes} bytes)",
+                allowed=f"at least {format_size(floor)} ({floor} bytes): {parts}, "
+                f"and {1 + needed} experts of {format_size(slot_bytes)}",
+                step="Raise --memory, or lower --context.",
             )
+        )
     warnings = []
     if slots < experts_a_token:
         warnings.append(

@@ -30,10 +30,13 @@ class GateLookahead:
         A loaded model.
     leads : sequence of int
         How many MoE layers ahead, each at least 1.
+    required : bool
+        Whether a router that cannot be asked by itself is an error; else nothing is foreseen of its MoE layer.
     """
 
-    def __init__(self, model: PreTrainedModel, leads: Sequence[int] = (1,)) -> None:
+    def __init__(self, model: PreTrainedModel, leads: Sequence[int] = (1,), *, required: bool = True) -> None:
         self._leads = sorted(leads)
+        self._required = required
         near = near_experts(model)
         self._num_moe_layers = len(near)
         self._routers: dict[int, tuple[torch.nn.Module, int, int]] = {}
@@ -42,6 +45,11 @@ class GateLookahead:
         for moe_layer, modules in enumerate(near):
             parts = modules[:-1]  # the block itself could not be asked without running its experts
             self._hooks[moe_layer] = [part.register_forward_hook(self._hook(moe_layer), with_kwargs=True) for part in parts]
+
+    @property
+    def routers(self) -> int:
+        """MoE layers whose router can be asked, of those that have been called."""
+        return len(self._routers)
 
     def _hook(self, moe_layer: int) -> Any:
         def remember(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -60,17 +68,19 @@ class GateLookahead:
         Raises
         ------
         UnsupportedOperationError
-            This family's router cannot be asked by itself.
+            This family's router cannot be asked by itself, and must be.
         """
-        if moe_layer in self._routers:
+        if moe_layer not in self._hooks:
             return
         for module, given, output in reversed(self._seen.pop(moe_layer, [])):
             for place, part in enumerate(output):
                 if isinstance(part, torch.Tensor) and part.data_ptr() == ids_TK.data_ptr() and given is not None:
                     self._routers[moe_layer] = module, place, given.dim()
-                    for hook in self._hooks.pop(moe_layer):
-                        hook.remove()
+                    self._unhook(moe_layer)
                     return
+        if not self._required:
+            self._unhook(moe_layer)
+            return
         raise UnsupportedOperationError(
             message(
                 "This family's router cannot be asked ahead: it is no part of its own that needs only the block's input.",
@@ -78,6 +88,10 @@ class GateLookahead:
                 step="Load without prefetch.",
             )
         )
+
+    def _unhook(self, moe_layer: int) -> None:
+        for hook in self._hooks.pop(moe_layer):
+            hook.remove()
 
     @torch.no_grad()
     def foresee(self, moe_layer: int, hidden_TD: torch.Tensor | None) -> Sequence[Foreseen]:

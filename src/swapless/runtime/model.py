@@ -81,7 +81,8 @@ def load(
     prefetch : str or Path, optional
         Read ahead what the routers of the next MoE layers say of this one's input: ``"gate"``, or ``"gate:2"`` for two layers
         ahead; or what a saved predictor says: its file. Output stays the same, bit for bit. It switches itself off while it
-        does not pay. The memory that a predictor takes is part of the budget.
+        does not pay. The memory that a predictor takes is part of the budget. ``"auto"`` is ``"gate"`` where it leaves the
+        cache most of its slots and where the family's routers can be asked, else nothing; ``"none"`` is None.
     context : int, optional
         Most tokens a sequence may have; the KV cache and activations of so many are set aside. Default: 4096, or the
         model's own limit if that is less.
@@ -131,7 +132,8 @@ def load(
     ahead = prefetch_of(prefetch, opened, model_id)
     context_tokens = context_of(context, opened.config)
     layers = opened.layout.moe_layers
-    shape = budget_shape(opened, context_tokens, ahead.leads if ahead else [])
+    if_worth = ahead is not None and ahead.if_worth
+    shape = budget_shape(opened, context_tokens, ahead.leads if ahead else [], ahead_if_worth=if_worth)
     if memory == "auto" or (total_bytes is None and share is None):
         total_bytes = base_bytes + int(_AUTO_SHARE * available_bytes())
     fixed = {"base": base_bytes, "non_expert": opened.layout.non_expert_bytes}
@@ -144,7 +146,7 @@ def load(
     compute = computation(opened)
     dry = dry_run(model)
     lookahead = None
-    if ahead is not None:
+    if ahead is not None and not if_worth:
         before_bytes = meter.now_bytes()
         lookahead = ahead.open(model)
         fixed["prediction"] = max(0, meter.now_bytes() - before_bytes)
@@ -155,10 +157,12 @@ def load(
     if dropped_bytes:
         fixed["code"] = min(dropped_bytes, CODE_BYTES)
     fixed |= parts_to_come(opened, chosen, dry, context_tokens, measured.depth * store.bounce_bytes)
-    if ahead is not None:
+    if ahead is not None and not if_worth:
         fixed["prediction"] += ahead.growth_bytes(context_tokens)
     budget = plan_budget(total_bytes=total_bytes, resident_share=share, fixed_parts=fixed, **shape)
     budget = replace(budget, warnings=(*budget.warnings, *(ahead.notes if ahead else ())))
+    if ahead is not None and if_worth and budget.ahead_slots:
+        lookahead = ahead.open(model)
     report("opening slots", 0.9)
     pool = SlotPool(layers, budget.slots + budget.staging_slots + budget.ahead_slots)
     engine = _engine(opened, chosen, store, pool, compute.of(pool), budget, measured, meter, model_id, dry.top_k, lookahead)

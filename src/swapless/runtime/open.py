@@ -53,6 +53,11 @@ class OpenCheckpoint(NamedTuple):
         return sorted({ref.file for ref in self.refs.values()})
 
     @property
+    def bits(self) -> tuple[int, int]:
+        """Bits of a weight of experts and of all else; 16 stands for the checkpoint's own type."""
+        return (16, 16) if self.manifest is None else (self.manifest.bits, self.manifest.dense_bits)
+
+    @property
     def rounded(self) -> bool:
         """Whether some of its weights were rounded to fewer bits, so that results are not those of the original."""
         return self.manifest is not None and (self.manifest.bits < 16 or bool(self.manifest.dense))

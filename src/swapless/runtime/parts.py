@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
 
@@ -22,8 +22,26 @@ from swapless.store.read import FileReader
 DEFAULT_CONTEXT_TOKENS = 4096
 
 
-def budget_shape(opened: OpenCheckpoint, context_tokens: int, leads: Sequence[int]) -> dict[str, int]:
+AUTO_PREFETCH = "auto"
+"""Reads ahead by the next MoE layer's router where that is worth the slots it takes."""
+
+
+class BudgetShape(TypedDict):
     """What of :func:`~swapless.runtime.budget.plan_budget`'s arguments the checkpoint and the look-ahead decide."""
+
+    slot_bytes: int
+    expert_bytes: int
+    num_experts_total: int
+    experts_a_token: int
+    context_tokens: int
+    ahead_slots: int
+    ahead_if_worth: bool
+
+
+def budget_shape(
+    opened: OpenCheckpoint, context_tokens: int, leads: Sequence[int], *, ahead_if_worth: bool = False
+) -> BudgetShape:
+    """The arguments for a checkpoint that may be read so many MoE layers ahead, each once."""
     layers = opened.layout.moe_layers
     return {
         "slot_bytes": slot_bytes(layers),
@@ -32,6 +50,7 @@ def budget_shape(opened: OpenCheckpoint, context_tokens: int, leads: Sequence[in
         "experts_a_token": opened.experts_a_token,
         "context_tokens": context_tokens,
         "ahead_slots": len(leads) * opened.experts_a_token // len(layers),
+        "ahead_if_worth": ahead_if_worth,
     }
 
 

@@ -19,7 +19,7 @@ from swapless.predict.vocabulary import Vocabulary
 from swapless.runtime.ahead import Lookahead
 from swapless.runtime.lookahead import GateLookahead
 from swapless.runtime.open import OpenCheckpoint
-from swapless.runtime.parts import gate_leads
+from swapless.runtime.parts import AUTO_PREFETCH, gate_leads
 from swapless.runtime.predicted import LAYERS_AHEAD, PredictedLookahead
 
 _KNOWN_SHARE = 0.5
@@ -33,11 +33,14 @@ class Prefetch(ABC):
     ----------
     leads : list of int
         How many MoE layers ahead may be read, each once.
+    if_worth : bool
+        Whether it is left out where it would take too many slots from the cache, or where a router cannot be asked.
     notes : tuple of str
         What the user should know, a sentence each.
     """
 
     leads: list[int]
+    if_worth: bool = False
     notes: tuple[str, ...] = ()
 
     @abstractmethod
@@ -55,7 +58,7 @@ def prefetch_of(prefetch: str | Path | None, opened: OpenCheckpoint, model_id: s
     Parameters
     ----------
     prefetch : str or Path or None
-        ``"gate"``, ``"gate:N"``, or a file of a saved predictor.
+        ``"auto"``, ``"gate"``, ``"gate:N"``, or a file of a saved predictor; ``"none"`` is None.
     opened : OpenCheckpoint
         The checkpoint.
     model_id : str
@@ -68,23 +71,26 @@ def prefetch_of(prefetch: str | Path | None, opened: OpenCheckpoint, model_id: s
     PredictorError
         Not a predictor's file; :class:`~swapless.errors.PredictorMismatchError` if it is of another model.
     """
-    if prefetch is None:
+    if prefetch is None or prefetch == "none":
         return None
+    if prefetch == AUTO_PREFETCH:
+        return _Gate([1], if_worth=True)
     if str(prefetch).partition(":")[0] == "gate":
         return _Gate(gate_leads(str(prefetch)))
     if not Path(prefetch).is_file():
-        what, allowed = "Unknown prefetch, and no file of that name.", '"gate", "gate:N", or the file of a saved predictor'
+        what = "Unknown prefetch, and no file of that name."
+        allowed = '"auto", "none", "gate", "gate:N", or the file of a saved predictor'
         raise UsageError(message(what, got=repr(str(prefetch)), allowed=allowed, step="Make one: swapless predict train."))
     return _Saved(Path(prefetch), opened, model_id)
 
 
 @final
 class _Gate(Prefetch):
-    def __init__(self, leads: list[int]) -> None:
-        self.leads = leads
+    def __init__(self, leads: list[int], *, if_worth: bool = False) -> None:
+        self.leads, self.if_worth = leads, if_worth
 
     def open(self, model: PreTrainedModel) -> Lookahead:
-        return GateLookahead(model, self.leads)
+        return GateLookahead(model, self.leads, required=not self.if_worth)
 
 
 @final
