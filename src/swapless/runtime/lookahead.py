@@ -7,7 +7,7 @@ It costs one small product a layer and needs no training.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedModel
@@ -16,6 +16,20 @@ from swapless.errors import UnsupportedOperationError, message
 from swapless.runtime.ahead import Foreseen
 from swapless.runtime.routers import near_experts
 from swapless.runtime.routing import Step
+
+
+class _Router(NamedTuple):
+    """A module that routes: dimensions of its input, what else it is always given, and where in its output the ids are."""
+
+    module: torch.nn.Module
+    dim: int
+    rest: tuple[torch.Tensor | None, ...]
+    place: int = 0
+
+    def ids(self, hidden_TD: torch.Tensor) -> torch.Tensor:
+        # Hooks belong to the model's own calls: this one is not the model's.
+        ids: torch.Tensor = self.module.forward(hidden_TD if self.dim == 2 else hidden_TD[None], *self.rest)[self.place]
+        return ids
 
 
 class GateLookahead:
@@ -39,23 +53,29 @@ class GateLookahead:
         self._required = required
         near = near_experts(model)
         self._num_moe_layers = len(near)
-        self._routers: dict[int, tuple[torch.nn.Module, int, int]] = {}
-        self._seen: dict[int, list[tuple[torch.nn.Module, torch.Tensor | None, tuple[Any, ...]]]] = {}
+        self._routers: dict[int, _Router] = {}
+        self._seen: dict[int, list[tuple[_Router | None, tuple[Any, ...]]]] = {}
         self._hooks: dict[int, list[Any]] = {}
         for moe_layer, modules in enumerate(near):
-            parts = modules[:-1]  # the block itself could not be asked without running its experts
-            self._hooks[moe_layer] = [part.register_forward_hook(self._hook(moe_layer), with_kwargs=True) for part in parts]
+            *parts, block = modules  # the block itself could not be asked without running its experts
+            hook = self._hook(moe_layer, [*block.parameters(), *block.buffers()])
+            self._hooks[moe_layer] = [part.register_forward_hook(hook, with_kwargs=True) for part in parts]
 
     @property
     def routers(self) -> int:
         """MoE layers whose router can be asked, of those that have been called."""
         return len(self._routers)
 
-    def _hook(self, moe_layer: int) -> Any:
+    def _hook(self, moe_layer: int, own: list[torch.Tensor]) -> Any:
+        def always(value: Any) -> bool:
+            return value is None or any(value is tensor for tensor in own)
+
         def remember(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             if isinstance(output, tuple):
-                alone = len(args) == 1 and not kwargs and isinstance(args[0], torch.Tensor)
-                self._seen.setdefault(moe_layer, []).append((module, args[0] if alone else None, output))
+                hidden, *rest = args or (None,)
+                asked = isinstance(hidden, torch.Tensor) and all(map(always, rest)) and not kwargs
+                router = _Router(module, hidden.dim(), tuple(rest)) if asked else None
+                self._seen.setdefault(moe_layer, []).append((router, output))
 
         return remember
 
@@ -72,10 +92,10 @@ class GateLookahead:
         """
         if moe_layer not in self._hooks:
             return
-        for module, given, output in reversed(self._seen.pop(moe_layer, [])):
+        for router, output in reversed(self._seen.pop(moe_layer, [])):
             for place, part in enumerate(output):
-                if isinstance(part, torch.Tensor) and part.data_ptr() == ids_TK.data_ptr() and given is not None:
-                    self._routers[moe_layer] = module, place, given.dim()
+                if isinstance(part, torch.Tensor) and part.data_ptr() == ids_TK.data_ptr() and router is not None:
+                    self._routers[moe_layer] = router._replace(place=place)
                     self._unhook(moe_layer)
                     return
         if not self._required:
@@ -83,7 +103,7 @@ class GateLookahead:
             return
         raise UnsupportedOperationError(
             message(
-                "This family's router cannot be asked ahead: it is no part of its own that needs only the block's input.",
+                "This family's router cannot be asked ahead: it is no part that needs only the block's input and weights.",
                 where=f"MoE layer {moe_layer}",
                 step="Load without prefetch.",
             )
@@ -103,9 +123,7 @@ class GateLookahead:
             later = moe_layer + lead
             if later >= self._num_moe_layers or later not in self._routers:
                 continue
-            module, place, dim = self._routers[later]
-            # Hooks belong to the model's own calls: this one is not the model's.
-            ids = module.forward(hidden_TD if dim == 2 else hidden_TD[None])[place].reshape(-1)
+            ids = self._routers[later].ids(hidden_TD).reshape(-1)
             if len(hidden_TD) > 1:
                 ids, uses = ids.unique(return_counts=True)
                 ids = ids[uses.argsort(descending=True, stable=True)]
