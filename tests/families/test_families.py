@@ -98,19 +98,6 @@ def test_output_equals_eager_bit_for_bit(
     swept.setdefault(saved.family.name, []).append(layout)
 
 
-def test_a_router_is_asked_ahead_with_the_weights_that_its_block_gives_it(tmp_path: Path) -> None:
-    import torch
-
-    from tests.families.compare import prompts, reference, run
-
-    model = tiny_model(decorated_families()["minimax_m2"]).to(torch.bfloat16)
-    model.save_pretrained(tmp_path)
-    given = prompts(left_padded=False)
-    with swapless.load(tmp_path, resident=0.25, prefetch="gate", context=64) as offloaded:
-        assert torch.equal(run(offloaded, given).tokens, run(reference(tmp_path, type(model)), given).tokens)
-        assert offloaded.swapless.stats().prefetch_recall
-
-
 def test_every_decorated_family_is_run_or_says_why_not() -> None:
     found = decorated_families()
     assert len(found) - len(NOT_RUN) >= LEAST_FAMILIES

@@ -126,7 +126,7 @@ def test_less_memory_is_fewer_slots_and_fewer_hits_and_what_is_missing_is_read_a
 
 def test_where_slots_are_few_none_is_set_aside_for_reading_ahead(opened: Any, roomy: Any) -> None:
     found = planned(opened, roomy.set_ups[0].needs_bytes)
-    assert found.set_ups[0].budget.slots == 1
+    assert found.set_ups[0].budget.ahead_slots == 0
     assert (found.set_ups[0].prefetch, found.set_ups[0].default) == (None, True)
     assert "--prefetch" not in found.lossless.commands[0]
 
