@@ -6,6 +6,7 @@ import shlex
 from pathlib import PurePath
 
 from swapless.cache import DEFAULT_POLICY
+from swapless.runtime.parts import AUTO_PREFETCH
 from swapless.units import exact_size
 
 
@@ -14,7 +15,7 @@ def commands(
     memory_bytes: int,
     *,
     pack: tuple[int, int] | None = None,
-    prefetch: str = "auto",
+    prefetch: str = AUTO_PREFETCH,
     policy: str = DEFAULT_POLICY,
     context: int | None = None,
 ) -> tuple[str, ...]:
@@ -32,7 +33,7 @@ def commands(
         lines.append(["swapless", "pack", name, "--bits", f"{bits}", "--dense-bits", f"{dense_bits}", "--out", store])
         name = store
     run = ["swapless", "run", name, "--memory", exact_size(memory_bytes)]
-    if prefetch != "auto":
+    if prefetch != AUTO_PREFETCH:
         run += ["--prefetch", prefetch]
     if policy != DEFAULT_POLICY:
         run += ["--policy", policy]

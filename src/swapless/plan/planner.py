@@ -8,6 +8,7 @@ nearest stored curve. The budget is divided by the engine's own function.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 from swapless.cache import DEFAULT_POLICY, POLICIES
@@ -98,7 +99,10 @@ def plan(
     else:
         forms = [opened]
     reads = Reads(opened, machine, whole)
-    cases = [case for form in forms for case in _cases(form, dry, reads, machine, memory_bytes, context_tokens, policy)]
+    divide = partial(
+        _budget, dry=dry, reads=reads, machine=machine, memory_bytes=memory_bytes, context_tokens=context_tokens, policy=policy
+    )
+    cases = [case for form in forms for case in _cases(form, divide)]
     largest = next((case.budget for case in cases if case.budget is not None), None)
     if largest is None:
         raise _too_small(memory_bytes, cases)
@@ -158,19 +162,9 @@ class _Case(NamedTuple):
     needs_bytes: int
 
 
-def _cases(
-    form: OpenCheckpoint,
-    dry: DryRun,
-    reads: Reads,
-    machine: Machine,
-    memory_bytes: int,
-    context_tokens: int,
-    policy: str,
-) -> list[_Case]:
+def _cases(form: OpenCheckpoint, divide: Callable[..., tuple[Budget | None, int]]) -> list[_Case]:
     """A run reads ahead where that leaves the cache most of its slots, and there the case without is shown beside it."""
-    plain, ahead = (
-        _budget(form, dry, reads, machine, memory_bytes, context_tokens, policy, leads) for leads in ([], gate_leads("gate"))
-    )
+    plain, ahead = (divide(form, leads) for leads in ([], gate_leads("gate")))
     if ahead[0] is None or not ahead[0].ahead_slots:
         return [_Case(form, None, True, *plain)]
     return [_Case(form, None, False, *plain), _Case(form, "gate", True, *ahead)]
@@ -178,13 +172,14 @@ def _cases(
 
 def _budget(
     form: OpenCheckpoint,
+    leads: Sequence[int],
+    *,
     dry: DryRun,
     reads: Reads,
     machine: Machine,
     memory_bytes: int,
     context_tokens: int,
     policy: str,
-    leads: Sequence[int],
 ) -> tuple[Budget | None, int]:
     """The engine's budget of one set-up, None where the memory is not enough; and the smallest that is."""
     base = machine.base_bytes
