@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent
-ALONE = ("offload", "exactness", "lookahead", "timeline", "locality", "kernels", "pack")
+ALONE = ("offload", "exactness", "lookahead", "timeline", "locality", "expert_kernels", "pack")
 ON_DATA = ("replay", "policies")
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from swapless.errors import ReadError
-from swapless.store.checkpoint import SLOT_ALIGNMENT, CheckpointStore, Extent, ParameterSource
+from swapless.store.checkpoint import SLOT_ALIGNMENT, CheckpointStore, Extent, ParameterSource, cut
 from swapless.store.probe import DEPTHS, probe
 from swapless.store.read import BLOCK_BYTES, FileReader, aligned_buffer
 
@@ -103,3 +103,26 @@ def test_probe_raises_what_its_threads_meet(files: tuple[Path, Path]) -> None:
     with pytest.raises(ReadError, match="unlinked"):
         probe(reader, [Extent(files[1], 8, 4096)], budget_s=0.03)
     reader.close()
+
+
+@pytest.mark.parametrize("first,nbytes", [(0, 900), (0, 100), (100, 0), (99, 2), (100, 300), (399, 501), (450, 10)])
+def test_a_range_of_extents_is_cut_out(first: int, nbytes: int, files: tuple[Path, Path]) -> None:
+    extents = [Extent(files[0], 7, 100), Extent(files[1], 1000, 300), Extent(files[0], 107, 500)]
+
+    def content(parts: object) -> bytes:
+        return b"".join(path.read_bytes()[offset : offset + size] for path, offset, size in parts)
+
+    found = cut(extents, first, nbytes)
+    assert content(found) == content(extents)[first : first + nbytes]
+    assert all(extent.nbytes for extent in found)
+
+
+def test_what_is_fetched_is_placed_later(files: tuple[Path, Path]) -> None:
+    one, two = files
+    sources = [ParameterSource((Extent(two, 13, 5000), Extent(one, 8, 4096)), 0, 9096)]
+    store = CheckpointStore(lambda moe_layer, expert: sources, FileReader(files), [(0, 0)], most_parts=1)
+    slot, bounce = np.zeros(9096, np.uint8), store.bounce_buffer()
+    fetched = store.fetch_part(0, 0, 0, bounce)
+    assert store.parts(0, 0) == 1 and fetched.nbytes == 9096 and not slot.any()
+    fetched.place(slot)
+    assert slot.tobytes() == two.read_bytes()[13:5013] + one.read_bytes()[8:4104]

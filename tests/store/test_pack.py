@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -313,25 +314,33 @@ def test_what_does_not_belong_is_refused(own: Path, damage, error, words: str) -
         read_manifest(own)
 
 
-def test_never_more_than_four_experts_in_memory(tmp_path: Path) -> None:
-    slots, blocks = set(), set()
+@pytest.mark.parametrize(
+    "expert_bytes,block_bytes,at_once", [(32 << 20, 32 << 20, 2), (32 << 20, 8 << 20, 3), (BLOCK_BYTES, BLOCK_BYTES, 4)]
+)
+def test_never_more_than_four_experts_in_memory(expert_bytes: int, block_bytes: int, at_once: int, tmp_path: Path) -> None:
+    buffers: dict[int, int] = {}
 
-    def read(moe_layer: int, expert: int, slot: np.ndarray) -> int:
-        slots.add(slot.ctypes.data)
-        slot[:] = expert
-        return len(slot)
+    class Expert(NamedTuple):
+        number: int
+        nbytes: int = expert_bytes
 
-    def convert(moe_layer: int, slot: np.ndarray, block: np.ndarray) -> None:
-        blocks.add(block.ctypes.data)
-        block[:] = slot
+        def place(self, block: np.ndarray) -> None:
+            buffers[block.ctypes.data] = len(block)
+            assert not block[-1]
+            block[:-1] = self.number
+
+    def fetch(moe_layer: int, expert: int, bounce: np.ndarray) -> Expert:
+        buffers[bounce.ctypes.data] = len(bounce)
+        return Expert(expert)
 
     packing = Packing.begin(tmp_path / "store", {"identity": "x", "bits": 8, "group": 32, "dense_bits": 16})
-    layer = PackedLayer(path="", block=0, file="f", data_offset=0, block_bytes=BLOCK_BYTES, pieces=(), checksums=())
+    layer = PackedLayer(path="", block=0, file="f", data_offset=0, block_bytes=block_bytes, pieces=(), checksums=())
     reported: list[int] = []
-    done = packing.layer(0, layer, 9, Source(BLOCK_BYTES, read, convert), reported.append)
-    assert len(slots) + len(blocks) == 4 and sum(reported) == 18 * BLOCK_BYTES
-    raw = (tmp_path / "store" / "f").read_bytes()[done.data_offset :]
-    assert raw == b"".join(bytes([expert]) * BLOCK_BYTES for expert in range(9))
+    done = packing.layer(0, layer, 9, Source(expert_bytes, expert_bytes, fetch), reported.append)
+    assert len(buffers) == 2 * at_once and sum(reported) == 9 * (expert_bytes + block_bytes)
+    assert sum(buffers.values()) <= max(4 * expert_bytes, 64 << 20)
+    raw = np.fromfile(tmp_path / "store" / "f", np.uint8)[done.data_offset :].reshape(9, block_bytes)
+    assert (raw[:, :-1] == np.arange(9)[:, None]).all()
 
 
 @pytest.mark.parametrize("sizes", [[0], [1], [4096], [5_000_000, 3, 4_194_304], [8 << 20]])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import struct
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -120,16 +119,6 @@ def test_bytes_of_a_small_matrix_in_8_bits() -> None:
     values, scales, zeros = how.planes(quantized(weights, how))
     assert values[0, 0, 1].tolist() == [-127, 2, 64, 0] and scales[0, 1] == 1.0
     assert values.shape == (1, 8, ROW_BLOCK, 4) and np.count_nonzero(values) == 3 and not zeros.size
-
-
-@pytest.mark.parametrize("bits", [8, 4])
-def test_threads_change_no_byte(bits: int) -> None:
-    weights = random(300, 96)
-    how = layout(300, 96, bits)
-    shared = np.zeros(how.nbytes, np.uint8)
-    with ThreadPoolExecutor(3) as workers:
-        quantize(weights, how, shared, workers)
-    assert np.array_equal(shared, quantized(weights, how))
 
 
 @pytest.mark.parametrize("bits", [8, 4])

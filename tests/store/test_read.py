@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import threading
 from pathlib import Path
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 from swapless.errors import CheckpointMissingError, ReadError
-from swapless.store.read import BLOCK_BYTES, FileReader, aligned_buffer
+from swapless.store.read import BLOCK_BYTES, HUGE_PAGE_BYTES, FileReader, aligned_buffer, buffer_bytes
 
 SIZE = 5 * BLOCK_BYTES + 777
 TMPFS = Path("/dev/shm")
@@ -62,13 +63,21 @@ def test_a_range_lies_where_it_was_promised(reader: FileReader, file: Path) -> N
     assert view.shape == (100,) and view.dtype == np.uint8
 
 
-@pytest.mark.parametrize("nbytes", [0, 1, BLOCK_BYTES, BLOCK_BYTES + 1, 2 << 20, 3 << 20])
+@pytest.mark.parametrize("nbytes", [0, 1, BLOCK_BYTES, BLOCK_BYTES + 1, 1 << 20, 2 << 20, 3 << 20])
 def test_buffers_are_aligned_to_pages_and_writable(nbytes: int) -> None:
     buffer = aligned_buffer(nbytes)
     assert buffer.ctypes.data % BLOCK_BYTES == 0
     assert buffer.nbytes >= nbytes and buffer.nbytes % BLOCK_BYTES == 0 and buffer.nbytes > 0
+    assert buffer.nbytes == buffer_bytes(nbytes)
     buffer[:] = 7
     assert int(buffer[-1]) == 7
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="needs an operating system with huge pages on demand")
+def test_large_buffers_are_whole_huge_pages() -> None:
+    for nbytes in ((1 << 20) + 1, HUGE_PAGE_BYTES + 1):
+        buffer = aligned_buffer(nbytes)
+        assert buffer.ctypes.data % HUGE_PAGE_BYTES == 0 and buffer.nbytes % HUGE_PAGE_BYTES == 0
 
 
 def test_several_threads_at_once(reader: FileReader, file: Path, content: bytes) -> None:

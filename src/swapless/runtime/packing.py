@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,8 @@ import torch
 from swapless.errors import UsageError, message
 from swapless.runtime.door import DTYPES, ExpertParameter, MoeLayer, experts_of, skeleton
 from swapless.runtime.open import OpenCheckpoint, open_checkpoint
-from swapless.runtime.pool import slot_bytes
 from swapless.runtime.source import checkpoint_folder
-from swapless.store.checkpoint import SLOT_ALIGNMENT, CheckpointStore
+from swapless.store.checkpoint import SLOT_ALIGNMENT, CheckpointStore, Convert, FetchedPart, ParameterSource, cut
 from swapless.store.headers import INDEX_NAME, TensorRef
 from swapless.store.matrix import ROW_BLOCK, MatrixLayout, check_precision
 from swapless.store.pack import DenseTensor, Packing, Source
@@ -39,8 +38,6 @@ DENSE_BITS = (16, 8)
 
 _SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.md", "LICENSE*")
 _CHUNK_BYTES = 2 << 20
-_READERS = 2
-"""Parts of an expert that are read at once: what keeps a disk busy."""
 
 Progress = Callable[[str, float], None]
 
@@ -116,16 +113,16 @@ def pack(
                 packing.copy(file)
         linears = opened.layout.linear_keys if dense_bits == 8 else {}
         tensors = [_in_8_bits(ref, reader) if ref.key in linears else _as_it_is(ref, reader) for ref in refs]
-        with ThreadPoolExecutor(torch.get_num_threads()) as workers, ThreadPoolExecutor(_READERS) as readers:
-            loaded = workers.submit(_load_kernel, bits, group)  # while the first files are copied
+        with ThreadPoolExecutor(1) as aside:
+            loaded = aside.submit(_load_kernel, bits, group)  # while the first files are copied
             packing.dense(DENSE, tensors, lambda nbytes: meter.add(2 * nbytes))
             loaded.result()
-            transposed = [bool(modules[layer.path].is_transposed) for layer in opened.layout.moe_layers]
-            source = _source(opened, reader, layers, transposed, group, workers, readers)
-            layers = [
-                packing.layer(number, plan, layer.num_experts, source, meter.add)
-                for number, (plan, layer) in enumerate(zip(layers, opened.layout.moe_layers, strict=True))
-            ]
+        transposed = [bool(modules[layer.path].is_transposed) for layer in opened.layout.moe_layers]
+        source = _source(opened, reader, layers, transposed, group)
+        layers = [
+            packing.layer(number, plan, layer.num_experts, source, meter.add)
+            for number, (plan, layer) in enumerate(zip(layers, opened.layout.moe_layers, strict=True))
+        ]
     finally:
         reader.close()
     manifest = Manifest(
@@ -183,49 +180,65 @@ def _pieces(parameter: ExpertParameter, module: Any, bits: int, group: int) -> I
         yield {"name": parameter.name, "bits": bits, "dtype": f"int{bits}", "shape": shape, "nbytes": layout.nbytes}
 
 
-def _source(
-    opened: OpenCheckpoint,
-    reader: FileReader,
-    plans: list[PackedLayer],
-    transposed: list[bool],
-    group: int,
-    workers: ThreadPoolExecutor,
-    readers: ThreadPoolExecutor,
-) -> Source:
+def _source(opened: OpenCheckpoint, reader: FileReader, plans: list[PackedLayer], transposed: list[bool], group: int) -> Source:
+    """Blocks are what a checkpoint store reads, where rounding is the conversion of what was read: no expert is ever whole."""
     layers = opened.layout.moe_layers
     everyone = [(number, expert) for number, layer in enumerate(layers) for expert in range(layer.num_experts)]
-    store = CheckpointStore(lambda number, expert: layers[number].sources(expert), reader, everyone)
-    bounces = [store.bounce_buffer() for _ in range(_READERS)]
 
-    def read(number: int, expert: int, slot: np.ndarray) -> int:
-        parts = store.parts(number, expert)
+    def sources(number: int, expert: int) -> list[ParameterSource]:
+        layer, pieces = layers[number], plans[number].pieces
+        return [
+            part
+            for parameter, source in zip(layer.parameters, layer.sources(expert), strict=True)
+            for part in _rounded(
+                parameter, source, [piece for piece in pieces if piece.name == parameter.name], transposed[number], group
+            )
+        ]
 
-        def share(reader: int) -> int:
-            mine = range(reader, parts, _READERS)
-            return sum(store.read_part(number, expert, part, slot, bounces[reader]) for part in mine)
+    store = CheckpointStore(sources, reader, everyone, most_parts=1)
 
-        return sum(readers.map(share, range(_READERS)))
+    def fetch(number: int, expert: int, bounce: np.ndarray) -> FetchedPart:
+        return store.fetch_part(number, expert, 0, bounce)
 
-    def convert(number: int, slot: np.ndarray, block: np.ndarray) -> None:
-        block[:] = 0
-        parameters = {parameter.name: parameter for parameter in layers[number].parameters}
-        first_row = dict.fromkeys(parameters, 0)
-        for piece in plans[number].pieces:
-            parameter = parameters[piece.name]
-            held = slot[parameter.slot_offset : parameter.slot_offset + parameter.nbytes]
-            out = block[piece.offset : piece.offset + piece.nbytes]
-            if piece.bits == 16:
-                out[:] = held
-                continue
-            weights = torch.from_numpy(held).view(parameter.dtype).view(parameter.shape)
-            rows, columns = piece.shape
-            first = first_row[piece.name]
-            first_row[piece.name] += rows
-            chosen = (weights.T if transposed[number] else weights)[first : first + rows]
-            layout = MatrixLayout(rows=rows, columns=columns, bits=piece.bits, group=group)
-            quantize(_as_array(chosen), layout, out, workers)
+    return Source(max(layer.expert_bytes for layer in layers), store.bounce_bytes, fetch)
 
-    return Source(slot_bytes(layers), read, convert)
+
+def _rounded(
+    parameter: ExpertParameter, source: ParameterSource, pieces: Sequence[Piece], transposed: bool, group: int
+) -> Iterator[ParameterSource]:
+    """A parameter's pieces in a block, each out of its own bytes of the checkpoint where these are its rows as they are."""
+    first, convert = pieces[0], source.convert
+    if first.bits == 16:
+        yield source._replace(slot_offset=first.offset)
+    elif convert is None and not transposed:
+        size = parameter.nbytes // len(pieces)
+        for number, piece in enumerate(pieces):
+            extents = cut(source.extents, number * size, size)
+            yield ParameterSource(extents, piece.offset, piece.nbytes, _rounding(parameter, None, [piece], False, group))
+    else:
+        nbytes = pieces[-1].offset + pieces[-1].nbytes - first.offset
+        yield ParameterSource(source.extents, first.offset, nbytes, _rounding(parameter, convert, pieces, transposed, group))
+
+
+def _rounding(
+    parameter: ExpertParameter, convert: Convert | None, pieces: Sequence[Piece], transposed: bool, group: int
+) -> Convert:
+    def rounding(parts: list[np.ndarray], out: np.ndarray) -> None:
+        if convert is not None:
+            held = np.empty(parameter.nbytes, np.uint8)
+            convert(parts, held)
+        else:
+            held = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        if held.ctypes.data % parameter.dtype.itemsize:
+            held = held.copy()
+        weights = torch.from_numpy(held).view(parameter.dtype).view(-1, parameter.shape[-1])
+        rows = iter((weights.T if transposed else weights).split([piece.shape[0] for piece in pieces]))
+        for piece in pieces:
+            layout = MatrixLayout(rows=piece.shape[0], columns=piece.shape[1], bits=piece.bits, group=group)
+            at = piece.offset - pieces[0].offset
+            quantize(_as_array(next(rows)), layout, out[at : at + piece.nbytes])
+
+    return rounding
 
 
 def _load_kernel(bits: int, group: int) -> None:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from swapless.store.read import BLOCK_BYTES, FileReader, aligned_buffer
+from swapless.store.read import BLOCK_BYTES, FileReader, aligned_buffer, buffer_bytes
 
 SLOT_ALIGNMENT = 64
 """Parameters begin at multiples of this within a slot: matrix products on less aligned memory differ in the last bits."""
@@ -31,6 +31,10 @@ class Extent(NamedTuple):
     nbytes: int
 
 
+Convert = Callable[[list[np.ndarray], np.ndarray], None]
+"""Turns the bytes of extents (uint8 views) into what belongs in the slot."""
+
+
 class ParameterSource(NamedTuple):
     """Where one parameter of one expert comes from and where it goes in the slot.
 
@@ -41,13 +45,22 @@ class ParameterSource(NamedTuple):
     extents: tuple[Extent, ...]
     slot_offset: int
     nbytes: int
-    convert: Callable[[list[np.ndarray], np.ndarray], None] | None = None
+    convert: Convert | None = None
+
+
+def cut(extents: Sequence[Extent], first: int, nbytes: int) -> tuple[Extent, ...]:
+    """Bytes ``first`` to ``first + nbytes`` of what ``extents`` are one after the other."""
+    found = []
+    for file, offset, length in extents:
+        begin, end = max(0, first), min(length, first + nbytes)
+        if begin < end:
+            found.append(Extent(file, offset + begin, end - begin))
+        first -= length
+    return tuple(found)
 
 
 _PART_BYTES = 3 << 20
 """Parts are about this large: long enough that the fixed cost of a read is lost in it, short enough to share out."""
-
-_MOST_PARTS = 4
 
 
 class _Unit(NamedTuple):
@@ -56,7 +69,7 @@ class _Unit(NamedTuple):
     extents: tuple[Extent, ...]
     slot_offset: int
     nbytes: int
-    convert: Callable[[list[np.ndarray], np.ndarray], None] | None
+    convert: Convert | None
 
 
 class _Run(NamedTuple):
@@ -71,6 +84,23 @@ class _Part(NamedTuple):
     runs: tuple[_Run, ...]
 
 
+class FetchedPart(NamedTuple):
+    """A part that was read into a bounce buffer: ``nbytes`` from the files, and the bytes of each unit's extents."""
+
+    nbytes: int
+    units: tuple[_Unit, ...]
+    pieces: list[list[np.ndarray]]
+
+    def place(self, slot: np.ndarray) -> None:
+        """Copy or convert each unit to its place in ``slot``."""
+        for unit, found in zip(self.units, self.pieces, strict=True):
+            out = slot[unit.slot_offset : unit.slot_offset + unit.nbytes]
+            if unit.convert is None:
+                out[:] = found[0]
+            else:
+                unit.convert(found, out)
+
+
 class CheckpointStore:
     """Experts by (moe_layer, expert), read into slots.
 
@@ -83,6 +113,8 @@ class CheckpointStore:
     experts : iterable of (int, int)
         Every (moe_layer, expert): how far the parts of an expert lie apart may differ between them, and with it the
         bounce buffer that they need.
+    most_parts : int
+        Into how many parts, read independently of each other, an expert may be cut.
     """
 
     def __init__(
@@ -90,16 +122,20 @@ class CheckpointStore:
         sources: Callable[[int, int], Sequence[ParameterSource]],
         reader: FileReader,
         experts: Iterable[tuple[int, int]],
+        *,
+        most_parts: int = 4,
     ) -> None:
         self._sources = sources
+        self._most_parts = most_parts
         self._plans: dict[tuple[int, int], tuple[_Part, ...]] = {}
         self.reader = reader
-        self.bounce_bytes = max(_bounce_bytes(part) for expert in experts for part in _plan(sources(*expert)))
+        plans = (_plan(sources(*expert), most_parts) for expert in experts)
+        self.bounce_bytes = buffer_bytes(max(_bounce_bytes(part) for plan in plans for part in plan))
 
     def _plan(self, moe_layer: int, expert: int) -> tuple[_Part, ...]:
         key = (moe_layer, expert)
         if key not in self._plans:
-            self._plans[key] = _plan(self._sources(moe_layer, expert))
+            self._plans[key] = _plan(self._sources(moe_layer, expert), self._most_parts)
         return self._plans[key]
 
     def bounce_buffer(self) -> np.ndarray:
@@ -129,6 +165,12 @@ class CheckpointStore:
         ReadError
             A file changed under us or a read failed; the slot's content is then undefined.
         """
+        fetched = self.fetch_part(moe_layer, expert, part, bounce)
+        fetched.place(slot)
+        return fetched.nbytes
+
+    def fetch_part(self, moe_layer: int, expert: int, part: int, bounce: np.ndarray) -> FetchedPart:
+        """The first half of :meth:`read_part`: one part is read into ``bounce``, from where it is yet to be placed."""
         units, runs = self._plan(moe_layer, expert)[part]
         pieces: list[list[np.ndarray]] = [[bounce] * len(unit.extents) for unit in units]
         fetched = used = 0
@@ -140,28 +182,23 @@ class CheckpointStore:
                 extent = units[index].extents[place]
                 first = extent.offset - run.extent.offset
                 pieces[index][place] = view[first : first + extent.nbytes]
-        for unit, found in zip(units, pieces, strict=True):
-            out = slot[unit.slot_offset : unit.slot_offset + unit.nbytes]
-            if unit.convert is None:
-                out[:] = found[0]
-            else:
-                unit.convert(found, out)
-        return fetched
+        return FetchedPart(fetched, units, pieces)
 
     def close(self) -> None:
         """Close the files."""
         self.reader.close()
 
 
-def _plan(sources: Sequence[ParameterSource]) -> tuple[_Part, ...]:
+def _plan(sources: Sequence[ParameterSource], most_parts: int) -> tuple[_Part, ...]:
     units = sorted((unit for source in sources for unit in _units(source)), key=lambda unit: unit.extents[0])
-    total = sum(unit.nbytes for unit in units)
-    count = min(_MOST_PARTS, max(1, round(total / _PART_BYTES)))
+    sizes = [sum(extent.nbytes for extent in unit.extents) for unit in units]
+    total = sum(sizes)
+    count = min(most_parts, max(1, round(total / _PART_BYTES)))
     shares: list[list[_Unit]] = [[] for _ in range(count)]
     done = 0
-    for unit in units:
-        shares[min(count - 1, (done + unit.nbytes // 2) * count // max(1, total))].append(unit)
-        done += unit.nbytes
+    for unit, size in zip(units, sizes, strict=True):
+        shares[min(count - 1, (done + size // 2) * count // max(1, total))].append(unit)
+        done += size
     return tuple(_Part(tuple(share), _runs(share)) for share in shares if share)
 
 

@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from swapless.errors import PackMismatchError, UsageError, message
 from swapless.manifest import write_json
 from swapless.store.packed import FORMAT_VERSION, JOURNAL, MANIFEST, Manifest, PackedLayer, block_file_header, read_manifest
-from swapless.store.read import aligned_buffer
+from swapless.store.read import aligned_buffer, buffer_bytes
 from swapless.store.write import FileWriter, write_error
 
 Report = Callable[[int], None]
@@ -36,18 +37,29 @@ class DenseTensor(NamedTuple):
     chunks: Callable[[], Iterable[np.ndarray]]
 
 
+class Fetched(Protocol):
+    """An expert of the checkpoint, read: ``nbytes`` so far, and what makes a block of it."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that were read."""
+        ...
+
+    def place(self, slot: np.ndarray, /) -> None:
+        """Make a block of it: ``slot`` is uint8, page-aligned, zeros where nothing is written."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Where blocks come from.
+    """Where blocks come from: ``fetch(moe_layer, expert, bounce)`` reads an expert into ``bounce`` (``bounce_bytes``).
 
-    ``read(moe_layer, expert, slot)`` fills ``slot`` (uint8, aligned, ``slot_bytes``) with an expert of the checkpoint and
-    returns the bytes read; ``convert(moe_layer, slot, block)`` makes a block of it. They are called from different threads,
-    for different experts at once.
+    It is called from one thread while what it fetched is placed on others. The largest expert has ``expert_bytes``.
     """
 
-    slot_bytes: int
-    read: Callable[[int, int, np.ndarray], int]
-    convert: Callable[[int, np.ndarray, np.ndarray], None]
+    expert_bytes: int
+    bounce_bytes: int
+    fetch: Callable[[int, int, np.ndarray], Fetched]
 
 
 @dataclass(slots=True)
@@ -209,30 +221,58 @@ def _read_journal(path: Path) -> dict[str, Any]:
     return known
 
 
+_AT_ONCE = 4
+"""Experts on their way at once: while one is read, others are rounded, hashed or written."""
+
+_SMALL_BYTES = 64 << 20
+"""In so much memory all of them may be, however small an expert is beside its buffers."""
+
+
 def _write_blocks(
     writer: FileWriter, moe_layer: int, num_experts: int, block_bytes: int, source: Source, report: Report
 ) -> list[str]:
-    """Read the next expert, and write the last one and hash it, while this one is converted: two slots, two blocks."""
-    slots = [aligned_buffer(source.slot_bytes) for _ in range(2)]
-    blocks = [aligned_buffer(block_bytes)[:block_bytes] for _ in range(2)]
-    checksums: list[str] = []
+    """Write a block an expert, in order, and return their checksums.
 
-    def checksum(block: np.ndarray) -> str:
-        return hashlib.sha256(block.data).hexdigest()
+    One thread does nothing but read, so that the disk never waits for a processor, and one nothing but write. The buffers
+    together are no larger than four experts of the checkpoint, or than 64 MiB where those are small.
+    """
+    each_bytes = buffer_bytes(source.bounce_bytes) + buffer_bytes(block_bytes)
+    at_once = max(1, min(_AT_ONCE, num_experts, max(_SMALL_BYTES, 4 * source.expert_bytes) // each_bytes))
+    bounces = [aligned_buffer(source.bounce_bytes) for _ in range(at_once)]
+    blocks = [aligned_buffer(block_bytes)[:block_bytes] for _ in range(at_once)]
+    for block in blocks:
+        block[:] = 0
 
-    with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as scribe, ThreadPoolExecutor(1) as notary:
-        reading: Future[int] = reader.submit(source.read, moe_layer, 0, slots[0])
-        last: list[Future[Any]] = []  # of the block before: its writing and its checksum
+    with (
+        ThreadPoolExecutor(1) as scribe,
+        ThreadPoolExecutor(1) as reader,
+        ThreadPoolExecutor(min(at_once, os.cpu_count() or 1)) as workers,
+    ):
+
+        def fetch(expert: int) -> Future[Fetched]:
+            return reader.submit(source.fetch, moe_layer, expert, bounces[expert % at_once])
+
+        def make(expert: int) -> tuple[int, str]:
+            fetched, block = fetching[expert].result(), blocks[expert % at_once]
+            fetched.place(block)
+            if expert + at_once < num_experts:  # its bounce buffer is free now
+                fetching[expert + at_once] = fetch(expert + at_once)
+            return fetched.nbytes, hashlib.sha256(block.data).hexdigest()
+
+        fetching = {expert: fetch(expert) for expert in range(at_once)}
+        making = {expert: workers.submit(make, expert) for expert in range(at_once)}
+        writing: dict[int, Future[None]] = {}
+        checksums = []
         for expert in range(num_experts):
-            fetched = reading.result()
-            if expert + 1 < num_experts:
-                reading = reader.submit(source.read, moe_layer, expert + 1, slots[(expert + 1) % 2])
-            block = blocks[expert % 2]
-            source.convert(moe_layer, slots[expert % 2], block)
-            checksums += [future.result() for future in last][1:]
-            last = [scribe.submit(writer.write, block), notary.submit(checksum, block)]
-            report(fetched + block_bytes)
-        checksums += [future.result() for future in last][1:]
+            nbytes, checksum = making[expert].result()
+            writing[expert] = scribe.submit(writer.write, blocks[expert % at_once])
+            checksums.append(checksum)
+            report(nbytes + block_bytes)
+            if expert:  # the block before is free as soon as it is written
+                writing[expert - 1].result()
+                if expert - 1 + at_once < num_experts:
+                    making[expert - 1 + at_once] = workers.submit(make, expert - 1 + at_once)
+        writing[num_experts - 1].result()
     return checksums
 
 

@@ -8,7 +8,6 @@ depends on the machine: the same weights always give the same bytes.
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import Executor
 from typing import Any
 
 import numpy as np
@@ -21,16 +20,17 @@ _compiled: Callable[..., Any] = njit(cache=True, nogil=True, error_model="numpy"
 
 _INFINITE = np.uint32(0x7F800000)
 
+_COLUMNS = {2: ((np.uint32(16), np.uint32(0)), np.uint32(0xFFFF0000)), 4: ((np.uint32(0),), np.uint32(0xFFFFFFFF))}
+"""By bytes a weight, how the columns in a word of four bytes become the bits of float32: by which shifts and which mask."""
 
-def quantize(weights: np.ndarray, layout: MatrixLayout, out: np.ndarray, workers: Executor | None = None) -> None:
+
+def quantize(weights: np.ndarray, layout: MatrixLayout, out: np.ndarray) -> None:
     """Quantise ``weights`` (rows, columns), C-contiguous, into ``out``, uint8 of ``layout.nbytes``.
 
     Parameters
     ----------
     weights : float32 or uint16 ndarray of shape (rows, columns)
-        uint16 are the bits of bfloat16, which are widened row by row: no copy of the whole is made.
-    workers : Executor, optional
-        Threads to share the row blocks among.
+        uint16 are the bits of bfloat16, which are widened piece by piece: no copy of the whole is made.
 
     Raises
     ------
@@ -41,19 +41,22 @@ def quantize(weights: np.ndarray, layout: MatrixLayout, out: np.ndarray, workers
     out[layout.scales_offset :] = 0  # what lies between the planes is part of the bytes
     bits = weights if weights.dtype == np.uint16 else weights.view(np.uint32)
     words = values.view(np.uint32)[..., 0]
-    arguments = (bits, np.uint32(32 - 8 * bits.itemsize), layout.rows, layout.columns, words, scales)
-    blocks = layout.row_blocks
-    cuts = [(0, blocks)] if workers is None else [(blocks * i // 4, blocks * (i + 1) // 4) for i in range(4)]
-
-    def work(cut: tuple[int, int]) -> bool:
-        if layout.bits == 8:
-            return bool(_quantize_8(*cut, *arguments))
-        return bool(_quantize_4(*cut, *arguments, zeros, layout.group))
-
-    if not all(map(work, cuts) if workers is None else workers.map(work, cuts)):
+    if layout.bits == 8:
+        finite = _quantize_8(bits, np.uint32(32 - 8 * bits.itemsize), words, scales)
+    else:
+        shifts, mask = _COLUMNS[bits.itemsize]
+        finite = _quantize_4(_pairs(bits), shifts, mask, words, scales, zeros, layout.group)
+    if not finite:
         raise CheckpointCorruptError(
             message("An expert holds weights that are no finite numbers.", step="Download the checkpoint again.")
         )
+
+
+def _pairs(bits: np.ndarray) -> np.ndarray:
+    """Bits of a matrix as uint32: two bfloat16 side by side (behind the last of an odd row a zero), or a float32."""
+    if bits.shape[1] * bits.itemsize % 4:
+        bits = np.pad(bits, ((0, 0), (0, 1)))
+    return bits.view(np.uint32)
 
 
 @_compiled
@@ -68,7 +71,8 @@ def _widen(bits, shift, row, columns, out):  # type: ignore[no-untyped-def]
 
 
 @_compiled
-def _quantize_8(first, end, bits, shift, rows, columns, out, scales):  # type: ignore[no-untyped-def]
+def _quantize_8(bits, shift, out, scales):  # type: ignore[no-untyped-def]
+    rows, columns = bits.shape
     finite = True
     floats = np.empty(columns, np.float32)
     row_bits = floats.view(np.uint32)
@@ -77,7 +81,7 @@ def _quantize_8(first, end, bits, shift, rows, columns, out, scales):  # type: i
     # Padding is a weight of zero. Rows are a cache line longer: those a power of two apart fall on one another in the cache.
     quantized = np.zeros((ROW_BLOCK, 4 * out.shape[1] + 64), np.int8)
     words = quantized.view(np.uint32)
-    for block in range(first, end):
+    for block in range(len(out)):
         for lane in range(ROW_BLOCK):
             row = block * ROW_BLOCK + lane
             if row >= rows:
@@ -100,33 +104,53 @@ def _quantize_8(first, end, bits, shift, rows, columns, out, scales):  # type: i
 
 
 @_compiled
-def _quantize_4(first, end, bits, shift, rows, columns, out, scales, zeros, group):  # type: ignore[no-untyped-def]
-    """Group by group, the rows of a block side by side: what differs between rows is a vector, and nothing is shuffled."""
-    floats = np.zeros((group, ROW_BLOCK), np.float32)
-    tile = floats.view(np.uint32)
-    low, high = np.empty(ROW_BLOCK, np.float32), np.empty(ROW_BLOCK, np.float32)
+def _quantize_4(words, shifts, mask, out, scales, zeros, group):  # type: ignore[no-untyped-def]
+    """Group by group, the rows of a block side by side: what differs between rows is a vector, and nothing is shuffled.
+
+    A word holds as many columns as there are shifts. In a tile the first columns of all words come before the second ones.
+    Loops run over whole tiles as one line: a loop of 32 is too short for the compiler to make good vectors of.
+    """
+    rows = len(words)
+    held = group // len(shifts)
+    near = np.zeros((held, ROW_BLOCK), np.uint32)
+    tile = np.zeros((group, ROW_BLOCK), np.float32)
+    raw, floats = near.reshape(-1), tile.reshape(-1)
+    float_bits = floats.view(np.uint32)
+    middle = len(floats) // 2
+    low, high = np.empty(middle, np.float32), np.empty(middle, np.float32)
     inverse, offset = np.empty(ROW_BLOCK, np.float32), np.empty(ROW_BLOCK, np.float32)
     zero, step_of = np.empty(ROW_BLOCK, np.int32), np.empty(ROW_BLOCK, np.float32)
     step_bits = step_of.view(np.uint32)
-    largest = np.zeros(ROW_BLOCK, np.uint32)
+    largest = np.uint32(0)
     half = ROW_BLOCK // 2
-    for block in range(first, end):
+    for block in range(len(out)):
         begin = block * ROW_BLOCK
         lanes = min(ROW_BLOCK, rows - begin)
         for g in range(scales.shape[1]):
-            width = min(group, columns - g * group)
-            if lanes < ROW_BLOCK or width < group:
-                tile[:] = np.uint32(0)  # padding is a weight of zero
+            first = g * held
+            width = min(held, words.shape[1] - first)
+            if lanes < ROW_BLOCK or width < held:
+                near[:] = np.uint32(0)  # padding is a weight of zero
             for lane in range(lanes):
                 for i in range(width):
-                    tile[i, lane] = np.uint32(bits[begin + lane, g * group + i]) << shift
-            for lane in range(ROW_BLOCK):
-                low[lane] = high[lane] = np.float32(0)
-            for i in range(group):
-                for lane in range(ROW_BLOCK):
-                    low[lane] = min(low[lane], floats[i, lane])
-                    high[lane] = max(high[lane], floats[i, lane])
-                    largest[lane] = max(largest[lane], tile[i, lane] & np.uint32(0x7FFFFFFF))
+                    near[i, lane] = words[begin + lane, first + i]
+            for place in range(len(shifts)):
+                columns = float_bits[place * len(raw) : (place + 1) * len(raw)]
+                for i in range(len(raw)):
+                    columns[i] = (raw[i] << shifts[place]) & mask
+            for i in range(2 * middle):
+                largest = max(largest, float_bits[i] & np.uint32(0x7FFFFFFF))
+            for i in range(middle):
+                low[i] = min(min(floats[i], floats[middle + i]), np.float32(0))
+            for i in range(middle):
+                high[i] = max(max(floats[i], floats[middle + i]), np.float32(0))
+            left = middle // 2
+            while left >= ROW_BLOCK:  # halved until a value a row is left
+                for i in range(left):
+                    low[i] = min(low[i], low[left + i])
+                for i in range(left):
+                    high[i] = max(high[i], high[left + i])
+                left //= 2
             for lane in range(ROW_BLOCK):
                 step_of[lane] = (high[lane] - low[lane]) / np.float32(15)
                 step_bits[lane] = (step_bits[lane] + np.uint32(0x8000)) & np.uint32(0xFFFF0000)  # to bfloat16, halves upwards
@@ -141,11 +165,12 @@ def _quantize_4(first, end, bits, shift, rows, columns, out, scales, zeros, grou
                 for lane in range(ROW_BLOCK):
                     packed = np.uint32(0)
                     for i in range(8):  # the last four of eight columns become the upper halves of the first four
-                        scaled = floats[8 * word + i, lane] * inverse[lane] + offset[lane]
+                        column = (8 * word + i) // len(shifts) + i % len(shifts) * held
+                        scaled = tile[column, lane] * inverse[lane] + offset[lane]
                         value = min(max(np.int32(scaled), np.int32(0)), np.int32(15))
                         packed |= np.uint32(value) << np.uint32(8 * (i % 4) + 4 * (i // 4))
                     out[block, g * (group // 8) + word, lane] = packed
-    return largest.max() < _INFINITE
+    return largest < _INFINITE
 
 
 def dequantize(memory: np.ndarray, layout: MatrixLayout) -> np.ndarray:

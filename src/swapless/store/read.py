@@ -22,21 +22,31 @@ from swapless.errors import CheckpointMissingError, ReadError, message
 BLOCK_BYTES = 4096
 """Every direct read is a multiple of this; a multiple of all common logical block sizes."""
 
-_HUGE_PAGE_BYTES = 2 << 20
+HUGE_PAGE_BYTES = 2 << 20
+"""What large buffers are made of. A direct read into pages of 4 KiB is cut into as many pieces: at half the speed or less."""
+
+_HUGE_FROM_BYTES = 1 << 20
 _O_DIRECT = getattr(os, "O_DIRECT", 0)
 
 
+def buffer_bytes(nbytes: int) -> int:
+    """Bytes that an :func:`aligned_buffer` of ``nbytes`` has: whole blocks, from 1 MiB on whole huge pages."""
+    unit = HUGE_PAGE_BYTES if nbytes >= _HUGE_FROM_BYTES and hasattr(mmap, "MADV_HUGEPAGE") else BLOCK_BYTES
+    return max(1, -(-nbytes // unit)) * unit
+
+
 def aligned_buffer(nbytes: int) -> np.ndarray:
-    """Page-aligned uint8 memory of at least ``nbytes``, rounded up to whole blocks. The caller owns it."""
-    rounded = max(1, -(-nbytes // BLOCK_BYTES)) * BLOCK_BYTES
-    if rounded >= _HUGE_PAGE_BYTES and hasattr(mmap, "MADV_HUGEPAGE"):
-        # Weights are walked once a token: huge pages spare most of the address translation.
-        memory = mmap.mmap(-1, rounded, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    """Page-aligned uint8 memory of :func:`buffer_bytes`, in huge pages where it is large. The caller owns it."""
+    size = buffer_bytes(nbytes)
+    if size % HUGE_PAGE_BYTES or not hasattr(mmap, "MADV_HUGEPAGE"):
+        raw, unit = np.empty(size + BLOCK_BYTES, np.uint8), BLOCK_BYTES
+    else:
+        # What lies before the first whole huge page is never touched, and so costs nothing.
+        memory = mmap.mmap(-1, size + HUGE_PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         memory.madvise(mmap.MADV_HUGEPAGE)
-        return np.frombuffer(memory, np.uint8)
-    raw = np.empty(rounded + BLOCK_BYTES, np.uint8)
-    first = -raw.ctypes.data % BLOCK_BYTES
-    return raw[first : first + rounded]
+        raw, unit = np.frombuffer(memory, np.uint8), HUGE_PAGE_BYTES
+    first = -raw.ctypes.data % unit
+    return raw[first : first + size]
 
 
 class _Open(NamedTuple):

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
+
+import numpy as np
 
 from swapless.store.packed import PackedLayer, read_manifest
 from swapless.store.read import BLOCK_BYTES, FileReader, aligned_buffer
@@ -15,7 +18,7 @@ _READ_BYTES = 4 << 20
 """Neighbouring blocks are read together up to so many bytes: twice as fast as 1.7 MB at a time, on a disk of 3 GB/s."""
 
 _AT_ONCE = 4
-"""Reads that are checked at once: some are read while others are hashed."""
+"""Reads that are held at once: one is read while others are hashed."""
 
 
 class _Run(NamedTuple):
@@ -40,29 +43,33 @@ def verify_packed(folder: Path) -> Iterator[tuple[str, int, bool]]:
     buffers = [aligned_buffer(max(len(run.experts) * run.layer.block_bytes for run in runs)) for _ in range(_AT_ONCE)]
     reader = FileReader(sorted({folder / layer.file for layer in manifest.moe_layers}))
 
-    def check(place: int) -> list[bool]:
-        """Of each block of a run; the buffer was last used by the run ``_AT_ONCE`` before, which is done."""
+    def fetch(place: int) -> np.ndarray:
+        """The blocks of a run; the buffer was last used by the run ``_AT_ONCE`` before, which is checked."""
         layer, experts = runs[place]
-        size = layer.block_bytes
-        first = layer.data_offset + experts[0] * size
-        blocks = reader.read(folder / layer.file, first, len(experts) * size, buffers[place % _AT_ONCE])
+        first = layer.data_offset + experts[0] * layer.block_bytes
+        return reader.read(folder / layer.file, first, len(experts) * layer.block_bytes, buffers[place % _AT_ONCE])
+
+    def check(place: int, fetching: Future[np.ndarray]) -> list[bool]:
+        """Of each block of a run, whether it is what was packed."""
+        layer, experts = runs[place]
+        blocks = fetching.result().reshape(len(experts), layer.block_bytes)
         return [
-            hashlib.sha256(blocks[number * size : (number + 1) * size].data).hexdigest() == layer.checksums[expert]
-            for number, expert in enumerate(experts)
+            hashlib.sha256(block.data).hexdigest() == layer.checksums[expert]
+            for block, expert in zip(blocks, experts, strict=True)
         ]
 
     try:
-        with ThreadPoolExecutor(_AT_ONCE + 1) as threads:
-            files = {name: threads.submit(file_checksum, folder / name) for name in manifest.files}
-            checks = [threads.submit(check, place) for place in range(min(_AT_ONCE, len(runs)))]
+        # One thread does nothing but read, so that the disk never waits for a processor.
+        with ThreadPoolExecutor(1) as disk, ThreadPoolExecutor(os.cpu_count()) as threads:
+            checks = [threads.submit(check, place, disk.submit(fetch, place)) for place in range(min(_AT_ONCE, len(runs)))]
             for place, (layer, experts) in enumerate(runs):
                 held = checks[place].result()
                 if place + _AT_ONCE < len(runs):
-                    checks.append(threads.submit(check, place + _AT_ONCE))
+                    checks.append(threads.submit(check, place + _AT_ONCE, disk.submit(fetch, place + _AT_ONCE)))
                 for expert, holds in zip(experts, held, strict=True):
                     yield f"{layer.file}, expert {expert}", layer.block_bytes, holds
             for name, entry in manifest.files.items():
-                yield name, int(entry["bytes"]), files[name].result() == entry["sha256"]
+                yield name, int(entry["bytes"]), file_checksum(folder / name) == entry["sha256"]
     finally:
         reader.close()
 

@@ -1,7 +1,7 @@
 """How fast quantised experts are computed: weights a second, beside torch's own kernels and the memory's bandwidth.
 
-    python benchmarks/kernels.py                    # all cores
-    python benchmarks/kernels.py --tokens 1 --no-store
+    python benchmarks/expert_kernels.py                    # all cores
+    python benchmarks/expert_kernels.py --tokens 1 --no-store
 
 One decoded token meets ``--experts`` experts of ``--hidden`` x ``--inner`` (gate, up and down), drawn anew for every repeat
 from a pool far larger than the processor's caches, as in a model. A row gives weights a second (the experts' parameters over
@@ -180,7 +180,9 @@ def main() -> int:
                 measure(name, run, count // {2.0: 4, 1.0: 2, 0.625: 1}[size], size, 1)
     config = {name: getattr(options, name) for name in ("hidden", "inner", "experts", "repeats")}
     result = document(
-        "kernels", config=config, measured={"threads": torch.get_num_threads(), "bandwidth_bytes_per_s": ceiling, "rows": rows}
+        "expert_kernels",
+        config=config,
+        measured={"threads": torch.get_num_threads(), "bandwidth_bytes_per_s": ceiling, "rows": rows},
     )
     emit(result)
     if not options.no_store:
