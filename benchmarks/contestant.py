@@ -22,8 +22,11 @@ from typing import Any
 
 import numpy as np
 
-PROBE_S = 0.6
-"""Seconds of reading that each look at the disk takes, right before and after the timed tokens of Swapless."""
+PROBE_S = 0.3
+"""Seconds of reading that each look at the disk takes, before, between and after the timed tokens of Swapless."""
+
+PROBE_EVERY_S = 3.0
+"""Seconds of timed tokens between two looks: a shared disk drifts within seconds."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,8 +143,11 @@ def _run(model: Any, task: Task, *, timed: bool) -> Pass:
             done.probed_bytes_per_s.append(_bandwidth(model, task.folder))
         if timed and task.engine == "swapless":
             model.swapless.reset_stats()
-        clock = time.perf_counter()
+        clock = probed_at = time.perf_counter()
         for token in task.decode:
+            if probed and time.perf_counter() - probed_at > PROBE_EVERY_S:
+                done.probed_bytes_per_s.append(_bandwidth(model, task.folder))
+                probed_at = time.perf_counter()
             ids = torch.tensor([[token]])
             started = time.perf_counter()
             output = model(input_ids=ids, past_key_values=cache, use_cache=True)

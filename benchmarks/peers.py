@@ -16,7 +16,7 @@ files, in rounds whose order rotates:
   also with reading ahead.
 
 Caps are shares of the Q4_0 file's bytes. The floor of a Swapless run is the larger of its compute (a token of the resident
-runs) and the bytes that it read over the bandwidth probed right before and after its timed tokens. Both the warm-up and the
+runs) and the bytes that it read over the bandwidth probed before, between and after its timed tokens. Both the warm-up and the
 timed tokens end early at ``--time-limit``, for all alike: a peer that needs seconds a token is timed over the few it gets
 done, and whoever is below ``SLOW_TOKENS_PER_S`` in the first round runs in ``--slow-rounds`` rounds; llama.cpp, whom the
 ratios are about, in all. Every run is kept in ``runs.jsonl`` as soon as it is done, so the rounds may be spread over
