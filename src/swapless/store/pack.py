@@ -233,11 +233,12 @@ def _write_blocks(
 ) -> list[str]:
     """Write a block an expert, in order, and return their checksums.
 
-    One thread does nothing but read, so that the disk never waits for a processor, and one nothing but write. The buffers
-    together are no larger than four experts of the checkpoint, or than 64 MiB where those are small.
+    One thread does nothing but read, so that the disk never waits for a processor, and one nothing but write. There are
+    buffers for two experts, and for more as long as all of them are no larger than four experts of the checkpoint, or than
+    64 MiB where those are small.
     """
     each_bytes = buffer_bytes(source.bounce_bytes) + buffer_bytes(block_bytes)
-    at_once = max(1, min(_AT_ONCE, num_experts, max(_SMALL_BYTES, 4 * source.expert_bytes) // each_bytes))
+    at_once = min(_AT_ONCE, num_experts, max(2, max(_SMALL_BYTES, 4 * source.expert_bytes) // each_bytes))
     bounces = [aligned_buffer(source.bounce_bytes) for _ in range(at_once)]
     blocks = [aligned_buffer(block_bytes)[:block_bytes] for _ in range(at_once)]
     for block in blocks:
@@ -261,18 +262,18 @@ def _write_blocks(
 
         fetching = {expert: fetch(expert) for expert in range(at_once)}
         making = {expert: workers.submit(make, expert) for expert in range(at_once)}
-        writing: dict[int, Future[None]] = {}
+        writing: list[Future[None]] = []
         checksums = []
         for expert in range(num_experts):
             nbytes, checksum = making[expert].result()
-            writing[expert] = scribe.submit(writer.write, blocks[expert % at_once])
+            writing.append(scribe.submit(writer.write, blocks[expert % at_once]))
             checksums.append(checksum)
             report(nbytes + block_bytes)
             if expert:  # the block before is free as soon as it is written
                 writing[expert - 1].result()
                 if expert - 1 + at_once < num_experts:
                     making[expert - 1 + at_once] = workers.submit(make, expert - 1 + at_once)
-        writing[num_experts - 1].result()
+        writing[-1].result()
     return checksums
 
 
