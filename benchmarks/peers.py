@@ -131,6 +131,7 @@ class Bench:
         self.llama: str | None = options.llama_python
         self.rounds: int = options.rounds
         self.slow_rounds: int = options.slow_rounds
+        self.only: str = options.only
         tokens = json.loads((self.folder / "tokens.json").read_text())
         self.prompt: list[int] = tokens["prompt"]
         self.warm_up: list[int] = tokens["decode"][: options.warm_up]
@@ -196,7 +197,7 @@ class Bench:
         found = []
         for round_ in range(self.rounds):
             for phase, cap in caps.items():
-                names = [who for who in _rotated(group.contestants, round_) if who.kind != "llama" or self.llama]
+                names = [who for who in _rotated(group.contestants, round_) if self._takes_part(who)]
                 if cap is None:  # llama.cpp as it comes, nothing to read ahead; what would not fit the machine is left out
                     names = [who for who in names if who.options.get("repack", True) and AHEAD not in who.name]
                     self.left_out |= {f"resident {who.name}: larger than memory" for who in names if not self.fits(who)}
@@ -214,6 +215,9 @@ class Bench:
             return set()
         slow = {name for name, speed in speeds.items() if (speed or 0) < SLOW_TOKENS_PER_S and not name.startswith("llama.cpp")}
         return _clearly_slower(speeds) | (slow if round_ >= self.slow_rounds else set())
+
+    def _takes_part(self, who: Contestant) -> bool:
+        return (who.kind != "llama" or self.llama is not None) and who.name.startswith(self.only)
 
     def measure(self, group: Group, caps: dict[str, int | None]) -> bool:
         """Run what is missing of a group; False if time ran out before."""
@@ -275,6 +279,7 @@ def main() -> int:
     parser.add_argument("--warm-up", type=int, default=64, help="decode tokens before the clock starts")
     parser.add_argument("--time-limit", type=float, default=30.0, help="seconds after which warm-up and timed tokens end")
     parser.add_argument("--groups", nargs="*", default=[group.name for group in GROUPS], help="only these groups")
+    parser.add_argument("--only", default="", metavar="NAME", help="only contestants whose name begins so, such as swapless")
     parser.add_argument("--phases", nargs="*", help="only these, such as '35 %%' or 'resident'")
     parser.add_argument("--for", dest="stop_after", type=float, help="begin no further run after so many seconds")
     parser.add_argument("--make-only", action="store_true", help="make the artefacts of the first group that is not done")
@@ -335,6 +340,7 @@ def main() -> int:
         "checkpoint": manifest,
         "artefact_bytes": sizes,
         "left_out": sorted(bench.left_out),
+        "only": options.only,
         "llama.cpp": "n_gpu_layers 0, memory-mapped, use_extra_bufts as named" if bench.llama else "not installed: left out",
     }
     result = document("peers", config=config, measured={"ratios": found, "summary": rows, "runs": bench.runs})
