@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent
-ALONE = ("offload", "exactness", "lookahead", "timeline", "locality", "expert_kernels", "pack")
+ALONE = ("offload", "exactness", "lookahead", "timeline", "locality", "expert_kernels", "direct_reads", "pack")
 ON_DATA = ("replay", "policies")
 
 

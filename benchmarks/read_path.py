@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import mmap
 import os
 import statistics
 import sys
@@ -45,12 +44,11 @@ def bare_loop(extents: Sequence[Extent], threads: int) -> float:
     """Seconds that direct reads of ``extents`` take, dealt out to ``threads`` threads."""
     descriptors = {path: os.open(path, os.O_RDONLY | os.O_DIRECT) for path in {extent.file for extent in extents}}
     largest = max(extent.nbytes for extent in extents) + 2 * ALIGN_BYTES
-    buffers = [mmap.mmap(-1, -(-largest // ALIGN_BYTES) * ALIGN_BYTES) for _ in range(threads)]
+    buffers = [aligned_buffer(largest) for _ in range(threads)]
     for buffer in buffers:
-        buffer.madvise(mmap.MADV_HUGEPAGE)
-        buffer.write(bytes(len(buffer)))  # touched before the clock starts
+        buffer[:] = 0  # touched before the clock starts
 
-    def work(share: Sequence[Extent], buffer: mmap.mmap) -> None:
+    def work(share: Sequence[Extent], buffer: np.ndarray) -> None:
         view = memoryview(buffer)
         for extent in share:
             first = extent.offset // ALIGN_BYTES * ALIGN_BYTES

@@ -1,0 +1,134 @@
+"""What decides how fast a disk fills memory: the pages of the buffer, and what the processors do meanwhile.
+
+    python benchmarks/direct_reads.py                     # the checkpoint of benchmarks/offload.py
+    python benchmarks/direct_reads.py --checkpoint DIR --size 1MiB
+
+One thread reads blocks at random places of a checkpoint's files past the page cache, into memory in huge pages as the engine
+has it, or in pages of 4 KiB; alone, beside threads that compute in registers (SHA-256 of a few kilobytes), or beside threads
+that walk memory as products with weights do. Variants take turns, round after round; what counts are medians. A plan's floor
+knows nothing of the last kind of rows: it takes the disk as it is alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import statistics
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+from page_cache import evict, shards
+from results import document, emit, store
+
+from swapless.store.read import BLOCK_BYTES, FileReader, aligned_buffer
+from swapless.units import format_size, parse_size
+
+WALK_BYTES = 256 << 20
+
+
+def small_pages(nbytes: int) -> np.ndarray:
+    """A buffer as numpy gives it, in pages of 4 KiB."""
+    raw = np.zeros(nbytes + BLOCK_BYTES, np.uint8)
+    return raw[-raw.ctypes.data % BLOCK_BYTES :][:nbytes]
+
+
+def in_registers() -> Callable[[], int]:
+    """Work that leaves memory alone; each call returns the bytes it walked: none."""
+    data = np.zeros(16 << 10, np.uint8)
+
+    def work() -> int:
+        for _ in range(16):
+            hashlib.sha256(data.data).digest()
+        return 0
+
+    return work
+
+
+def through_memory() -> Callable[[], int]:
+    """Work that walks memory that no cache holds."""
+    data = np.ones(WALK_BYTES // 4, np.float32)
+    return lambda: data.nbytes if data.sum() else 0
+
+
+@contextmanager
+def beside(work: Callable[[], Callable[[], int]], threads: int) -> Iterator[list[int]]:
+    """Threads that work over and over; the list receives the bytes that each call walked."""
+    enough, walked, calls = threading.Event(), list[int](), [work() for _ in range(threads)]
+
+    def again(call: Callable[[], int]) -> None:
+        while not enough.is_set():
+            walked.append(call())
+
+    running = [threading.Thread(target=again, args=(call,)) for call in calls]
+    for thread in running:
+        thread.start()
+    try:
+        yield walked
+    finally:
+        enough.set()
+        for thread in running:
+            thread.join()
+
+
+def main() -> int:
+    """Measure, print a table on stderr and one JSON document on stdout."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--checkpoint", type=Path, default=Path("out/bench-3gb/original"))
+    parser.add_argument("--size", type=parse_size, default=parse_size("2600KiB"), help="of a block")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--seconds", type=float, default=0.5, help="of a turn")
+    parser.add_argument("--no-store", action="store_true", help="do not write a result file")
+    options = parser.parse_args()
+    cores = os.cpu_count() or 1
+    variants = {
+        "huge pages": (aligned_buffer, in_registers, 0),
+        "pages of 4 KiB": (small_pages, in_registers, 0),
+        f"huge pages, beside {cores} threads in registers": (aligned_buffer, in_registers, cores),
+        "huge pages, beside 1 thread through memory": (aligned_buffer, through_memory, 1),
+        f"huge pages, beside {cores} threads through memory": (aligned_buffer, through_memory, cores),
+    }
+    files = [file for file in shards(options.checkpoint) if file.stat().st_size > options.size]
+    evict(files)
+    rng = np.random.default_rng(0)
+    read: dict[str, list[float]] = {name: [] for name in variants}
+    walked: dict[str, list[float]] = {name: [] for name in variants}
+    reader = FileReader(files)
+    for _ in range(options.rounds):
+        for name, (buffer_of, work, threads) in variants.items():
+            buffer = buffer_of(options.size + 2 * BLOCK_BYTES)
+            buffer[:] = 0
+            with beside(work, threads) as bytes_walked:
+                nbytes, began = 0, time.perf_counter()
+                while time.perf_counter() - began < options.seconds:
+                    file = files[int(rng.integers(len(files)))]
+                    place = int(rng.integers((file.stat().st_size - options.size) // BLOCK_BYTES)) * BLOCK_BYTES
+                    nbytes += len(reader.read(file, place, options.size, buffer))
+                seconds = time.perf_counter() - began
+                walked[name].append(sum(bytes_walked) / seconds)
+            read[name].append(nbytes / seconds)
+    reader.close()
+    rows = []
+    for name in variants:
+        middle, walking = statistics.median(read[name]), statistics.median(walked[name])
+        rows.append({"variant": name, "bytes_per_s": middle, "all": read[name], "walked_bytes_per_s": walking})
+        also = f", {walking / 1e9:.0f} GB/s walked" if walking else ""
+        print(
+            f"{name:<48} {middle / 1e9:.2f} GB/s ({min(read[name]) / 1e9:.2f} to {max(read[name]) / 1e9:.2f}){also}",
+            file=sys.stderr,
+        )
+    config = {"block": format_size(options.size), "rounds": options.rounds, "seconds": options.seconds}
+    result = document("direct-reads", config=config, measured={"rows": rows}, data=options.checkpoint)
+    emit(result)
+    if not options.no_store:
+        store(result)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
