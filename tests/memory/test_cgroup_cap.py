@@ -109,7 +109,7 @@ from swapless.runtime.memory import MemoryMeter, drop_unused_cache
 meter = MemoryMeter()
 before = meter.now_bytes()
 dropped = drop_unused_cache()
-assert dropped == before - meter.now_bytes()
+assert abs(dropped - (before - meter.now_bytes())) < 1 << 20, "the interpreter may take or leave a page meanwhile"
 print(dropped)
 """
     from page_cache import evict
