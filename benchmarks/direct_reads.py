@@ -16,16 +16,14 @@ import hashlib
 import os
 import statistics
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 from page_cache import evict, shards
-from results import document, emit, store
+from results import deliver, document
 
+from swapless.plan.traffic import Fetch, busy
 from swapless.store.read import BLOCK_BYTES, FileReader, aligned_buffer
 from swapless.units import format_size, parse_size
 
@@ -38,11 +36,11 @@ def small_pages(nbytes: int) -> np.ndarray:
     return raw[-raw.ctypes.data % BLOCK_BYTES :][:nbytes]
 
 
-def in_registers() -> Callable[[], int]:
+def in_registers() -> Fetch:
     """Work that leaves memory alone; each call returns the bytes it walked: none."""
     data = np.zeros(16 << 10, np.uint8)
 
-    def work() -> int:
+    def work(rng: np.random.Generator) -> int:
         for _ in range(16):
             hashlib.sha256(data.data).digest()
         return 0
@@ -50,30 +48,10 @@ def in_registers() -> Callable[[], int]:
     return work
 
 
-def through_memory() -> Callable[[], int]:
+def through_memory() -> Fetch:
     """Work that walks memory that no cache holds."""
     data = np.ones(WALK_BYTES // 4, np.float32)
-    return lambda: data.nbytes if data.sum() else 0
-
-
-@contextmanager
-def beside(work: Callable[[], Callable[[], int]], threads: int) -> Iterator[list[int]]:
-    """Threads that work over and over; the list receives the bytes that each call walked."""
-    enough, walked, calls = threading.Event(), list[int](), [work() for _ in range(threads)]
-
-    def again(call: Callable[[], int]) -> None:
-        while not enough.is_set():
-            walked.append(call())
-
-    running = [threading.Thread(target=again, args=(call,)) for call in calls]
-    for thread in running:
-        thread.start()
-    try:
-        yield walked
-    finally:
-        enough.set()
-        for thread in running:
-            thread.join()
+    return lambda rng: data.nbytes if data.sum() else 0
 
 
 def main() -> int:
@@ -103,7 +81,7 @@ def main() -> int:
         for name, (buffer_of, work, threads) in variants.items():
             buffer = buffer_of(options.size + 2 * BLOCK_BYTES)
             buffer[:] = 0
-            with beside(work, threads) as bytes_walked:
+            with busy([work() for _ in range(threads)], rng) as bytes_walked:
                 nbytes, began = 0, time.perf_counter()
                 while time.perf_counter() - began < options.seconds:
                     file = files[int(rng.integers(len(files)))]
@@ -124,9 +102,7 @@ def main() -> int:
         )
     config = {"block": format_size(options.size), "rounds": options.rounds, "seconds": options.seconds}
     result = document("direct-reads", config=config, measured={"rows": rows}, data=options.checkpoint)
-    emit(result)
-    if not options.no_store:
-        store(result)
+    deliver(result, stored=not options.no_store)
     return 0
 
 

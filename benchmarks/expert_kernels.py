@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from results import document, emit, store
+from results import deliver, document
 
 from swapless.runtime.kernels import as_inputs, gated_product
 from swapless.store.matrix import MatrixLayout
@@ -184,9 +184,7 @@ def main() -> int:
         config=config,
         measured={"threads": torch.get_num_threads(), "bandwidth_bytes_per_s": ceiling, "rows": rows},
     )
-    emit(result)
-    if not options.no_store:
-        store(result)
+    deliver(result, stored=not options.no_store)
     return 0
 
 

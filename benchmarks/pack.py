@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 from cgroup import CappedRun, run_capped
 from page_cache import evict, shards
-from results import document, emit, store
+from results import deliver, document
 
 from swapless import embedded
 from swapless.runtime.open import open_checkpoint
@@ -158,9 +158,7 @@ def main() -> int:
             shutil.rmtree(folder)
     config = {"bits": options.bits, "cap_bytes": options.cap, "checkpoint_bytes": read_bytes}
     result = document("pack", config=config, measured={"rows": rows}, data=options.checkpoint)
-    emit(result)
-    if not options.no_store:
-        store(result)
+    deliver(result, stored=not options.no_store)
     return 0
 
 

@@ -141,3 +141,10 @@ def emit(result: dict[str, Any]) -> None:
     """Print ``result`` as the one JSON document on stdout."""
     json.dump(result, sys.stdout, indent=2)
     print()
+
+
+def deliver(result: dict[str, Any], *, stored: bool) -> None:
+    """Print ``result``, and keep it in a file where ``stored``."""
+    emit(result)
+    if stored:
+        store(result)

@@ -13,12 +13,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from swapless.errors import PackMismatchError, UsageError, message
 from swapless.manifest import write_json
+from swapless.store.checkpoint import FetchedPart
 from swapless.store.packed import FORMAT_VERSION, JOURNAL, MANIFEST, Manifest, PackedLayer, block_file_header, read_manifest
 from swapless.store.read import aligned_buffer, buffer_bytes
 from swapless.store.write import FileWriter, write_error
@@ -37,19 +38,6 @@ class DenseTensor(NamedTuple):
     chunks: Callable[[], Iterable[np.ndarray]]
 
 
-class Fetched(Protocol):
-    """An expert of the checkpoint, read: ``nbytes`` so far, and what makes a block of it."""
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that were read."""
-        ...
-
-    def place(self, slot: np.ndarray, /) -> None:
-        """Make a block of it: ``slot`` is uint8, page-aligned, zeros where nothing is written."""
-        ...
-
-
 @dataclass(frozen=True, slots=True)
 class Source:
     """Where blocks come from: ``fetch(moe_layer, expert, bounce)`` reads an expert into ``bounce`` (``bounce_bytes``).
@@ -59,7 +47,7 @@ class Source:
 
     expert_bytes: int
     bounce_bytes: int
-    fetch: Callable[[int, int, np.ndarray], Fetched]
+    fetch: Callable[[int, int, np.ndarray], FetchedPart]
 
 
 @dataclass(slots=True)
@@ -250,7 +238,7 @@ def _write_blocks(
         ThreadPoolExecutor(min(at_once, os.cpu_count() or 1)) as workers,
     ):
 
-        def fetch(expert: int) -> Future[Fetched]:
+        def fetch(expert: int) -> Future[FetchedPart]:
             return reader.submit(source.fetch, moe_layer, expert, bounces[expert % at_once])
 
         def make(expert: int) -> tuple[int, str]:
