@@ -26,7 +26,7 @@ import shutil
 import statistics
 import subprocess
 import sys
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -121,15 +121,10 @@ class Planner:
 
     def with_bandwidth(self, row: Any, run: dict[str, Any], *, hits: bool = False) -> Any:
         """What the plan would have said, had it found the bandwidth of the run's own probes (and known its ``hits``)."""
-        from swapless.plan.speed import binomial, speed, speed_ahead
+        from swapless.plan.speed import binomial
 
         probed = len(run["probed_bytes_per_s"]) / sum(1 / one for one in run["probed_bytes_per_s"])
-        own = row.costs.bytes_per_s[max(row.costs.bytes_per_s)]
-        scaled = {depth: rate * probed / own for depth, rate in row.costs.bytes_per_s.items()}
-        link = row.costs.link_bytes_per_s * probed / own
-        misses = binomial(row.costs.top_k, run["hit_rate"]) if hits else self._hits.of(row.budget.slots).misses
-        foreseen = speed if row.prefetch is None else speed_ahead
-        return foreseen(replace(row.costs, bytes_per_s=scaled, link_bytes_per_s=link), misses)
+        return row.expected.speed(probed, binomial(row.expected.costs.top_k, run["hit_rate"]) if hits else None)
 
 
 def one(planner: Planner, folder: Path, bits: int, memory: int, turn: int, asked: argparse.Namespace) -> list[dict[str, Any]]:
@@ -154,7 +149,7 @@ def compared(planner: Planner, rows: list[Any], run: dict[str, Any]) -> dict[str
         "expected_tokens_per_s": 1 / statistics.fmean(found.token_s for found in speeds),
         "expected_with_own_probe": 1 / statistics.fmean(row.speed.token_s for row in rows),
         "expected_with_its_hits": 1 / statistics.fmean(planner.with_bandwidth(row, run, hits=True).token_s for row in rows),
-        "costs": [asdict(row.costs) for row in rows],
+        "expectations": [asdict(row.expected) for row in rows],
         "floor_tokens_per_s": 1 / floor_s,
         "floor_beaten": run["tokens_per_s"] * floor_s > spread,
         "expected_hit_rate": before.hit_rate,

@@ -10,7 +10,7 @@ import torch
 
 from swapless.cache import POLICIES
 from swapless.plan.hollow import HollowRun, hollow_model
-from swapless.plan.products import expert_time, linear_products
+from swapless.plan.products import ColdExperts, expert_time, linear_products
 from swapless.runtime.budget import plan_budget
 from swapless.runtime.door import IMPLEMENTATION, experts_of
 from swapless.runtime.dry import dry_run
@@ -50,7 +50,8 @@ def test_a_step_runs_the_engine_and_counts_the_linear_layers(opened: Any) -> Non
         assert hollow._engine.stats().decode_reads - before == 5 * opened.experts_a_token, "no expert is found, in any step"
         assert hollow.foresees and hollow.foreseeing_s(steps=2) > 0
         products = linear_products(opened, step.linears)
-        usual, least = hollow.linears_s(products, steps=2)
+        with hollow.computing(products):
+            usual, least = hollow.steps_s(steps=2)
         assert 0 < least <= usual
         head = next(linear for linear in step.linears if linear.path == "lm_head")
         assert products["lm_head"](torch.ones(1, 1, head.inputs)).shape == (1, 1, head.outputs)
@@ -66,5 +67,6 @@ def test_products_are_timed_in_every_precision(bits: int, opened: Any) -> None:
     from swapless.plan.precision import as_packed
 
     module = next(module for _, module in experts_of(hollow_model(opened)))
-    found = expert_time(opened if bits == 16 else as_packed(opened, bits, 16), module)
+    with ColdExperts(opened if bits == 16 else as_packed(opened, bits, 16)) as cold:
+        found = expert_time(cold, module)
     assert 0 < found.least_s <= found.together_s and 0 < found.alone_s < 1

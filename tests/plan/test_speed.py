@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from swapless.cache.devices import DeviceProfile
 from swapless.cache.replay import replay
 from swapless.cache.timeline import BlockTime, timeline
-from swapless.plan.speed import Costs, binomial, speed, speed_ahead
+from swapless.plan.speed import Costs, Rehearsal, binomial, speed, speed_ahead
 from tests.cache.made import made_trace
 
 
@@ -55,23 +57,6 @@ def test_what_has_landed_is_computed_in_one_call():
     assert given.layer_s(0, 2) == pytest.approx(6)
 
 
-def test_compute_and_reads_slow_each_other():
-    # A read takes 2 s at full speed. Without a slowdown the two land at 2 and 4 s.
-    slow = costs(expert_s=1.0, lone_expert_s=1.0, pace_beside_reads=0.5, reading_beside_compute=0.5)
-    # The resident is done at 2 s, when 1 s is read: landings at 3 and 5 s. The first miss takes from 3 to 5 s, when 1 s of the
-    # second is left: it lands at 6 s and is done at 7 s.
-    assert slow.layer_s(1, 2) == pytest.approx(7)
-    # Six residents: 2 s of work in the 4 s of the one read; 4 more end at 8 s, and the miss at 9 s.
-    assert slow.layer_s(6, 1) == pytest.approx(4 + 4 + 1)
-    assert speed(slow, np.array([0, 0, 1.0])).floor_s == pytest.approx(3 * 4), "the floor is of undisturbed reads"
-
-
-def test_the_first_read_of_a_layer_takes_longer() -> None:
-    at_once, woken = costs(), costs(first_read_s=0.5)
-    assert woken.layer_s(0, 2) == pytest.approx(at_once.layer_s(0, 2) + 0.5)
-    assert woken.layer_s(2, 0) == at_once.layer_s(2, 0), "nothing is read"
-
-
 def test_more_reads_in_flight_are_faster_only_where_there_are_so_many():
     deep = costs(bytes_per_s={1: 2.0, 2: 4.0})
     assert deep.reading_s(1) == 2.0 and deep.reading_s(2) == 1.0
@@ -105,9 +90,6 @@ def test_reading_ahead_has_its_price():
     misses = binomial(2, 0.5)
     free, asks = (speed_ahead(costs(bytes_per_s={1: 4.0}, ahead_s=own), misses).token_s for own in (0.0, 0.25))
     assert asks == pytest.approx(free + 0.25)
-    # One read of 1 s a layer is missing and there is time for it ahead; half of the pace is left meanwhile.
-    slowed = costs(bytes_per_s={1: 4.0}, pace_beside_reads=0.5)
-    assert speed_ahead(slowed, misses).token_s >= free + 3 * 0.5
     dear = costs(bytes_per_s={1: 4.0}, ahead_s=100.0)
     assert speed_ahead(dear, misses).token_s == speed(dear, misses).token_s, "a run goes without then"
 
@@ -115,3 +97,28 @@ def test_reading_ahead_has_its_price():
 def test_the_floor_is_the_fastest_that_was_timed():
     assert speed(costs(bytes_per_s={1: 100.0}, least_compute_s=8.0), binomial(2, 0.5)).floor_s == 8
     assert speed(costs(least_compute_s=8.0), np.array([0.0, 0.0, 1.0])).floor_s == 12, "the bytes are more"
+
+
+def test_a_rehearsal_is_what_is_expected_and_costs_say_what_differs():
+    given, misses = costs(), np.array([0.0, 1.0, 0.0])
+    played = Rehearsal(token_s=20.0, misses=misses, bytes_per_s=2.0)
+    assert speed(given, misses).token_s == pytest.approx(3 * (2 + 2.5)), "2 s of reading, 0.5 of what was read"
+    assert speed(given, misses, played).token_s == pytest.approx(20)
+    # Half of the bandwidth: each of the three reads takes 2 s more.
+    assert speed(given.at(1.0), misses, played).token_s == pytest.approx(20 + 3 * 2)
+    # Two misses instead of one: 4.5 instead of 2.5 s.
+    assert speed(given, np.array([0, 0, 1.0]), played).token_s == pytest.approx(20 + 3 * 2)
+    assert speed(given, misses, replace(played, token_s=0.1)).token_s == speed(given, misses).floor_s, "never below the floor"
+
+
+def test_a_rehearsal_of_reading_ahead_is_held_against_one_without():
+    given, misses = costs(bytes_per_s={1: 4.0}), binomial(2, 0.5)
+    slow, fast = (Rehearsal(token_s=seconds, misses=misses, bytes_per_s=4.0) for seconds in (30.0, 25.0))
+    assert speed_ahead(given, misses, rehearsal=fast, without=slow).token_s == pytest.approx(25)
+    assert speed_ahead(given, misses, rehearsal=slow, without=fast).token_s == pytest.approx(25), "a run goes without then"
+    assert speed_ahead(given, misses, rehearsal=slow, without=slow).token_s == pytest.approx(30)
+
+
+def test_another_bandwidth_scales_all_of_them():
+    found = costs(bytes_per_s={1: 2.0, 2: 4.0}, link_bytes_per_s=5.0).at(8.0)
+    assert found.bytes_per_s == {1: 4.0, 2: 8.0} and found.link_bytes_per_s == 10.0

@@ -10,8 +10,9 @@ import copy
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -20,10 +21,13 @@ from transformers import PreTrainedModel
 from swapless.cache.policy import Policy
 from swapless.cache.residency import layer_pools
 from swapless.cache.serve import ExpertCache
+from swapless.plan.traffic import Traffic
+from swapless.runtime.ahead import Lookahead
 from swapless.runtime.budget import Budget
 from swapless.runtime.compute import Experts
 from swapless.runtime.door import IMPLEMENTATION, experts_of, group_heads, skeleton, strip_experts
 from swapless.runtime.engine import Engine
+from swapless.runtime.fetch import Fetcher
 from swapless.runtime.lookahead import GateLookahead
 from swapless.runtime.memory import MemoryMeter
 from swapless.runtime.open import OpenCheckpoint
@@ -113,6 +117,13 @@ class HollowRun:
         Kept busy as in a run.
     budget : Budget
         Any of this model.
+
+    Attributes
+    ----------
+    lookahead : GateLookahead
+        Asks its routers.
+    num_moe_layers, num_experts, top_k : int
+        L, E and K.
     """
 
     def __init__(self, model: PreTrainedModel, opened: OpenCheckpoint, policy: Policy, budget: Budget) -> None:
@@ -126,12 +137,15 @@ class HollowRun:
             if isinstance(module, torch.nn.Linear):
                 key = Linear(path, module.in_features, module.out_features, module.bias is not None)
                 module.register_forward_pre_hook(lambda *_, key=key: self._called.update([key] if self._counting else ()))
-        self._lookahead = GateLookahead(model, required=False)
-        self._engine = _engine(opened, policy, budget, self._compute, self._lookahead)
+        self.lookahead = GateLookahead(model, required=False)
+        self.num_moe_layers = len(opened.layout.moe_layers)
+        self.num_experts = min(layer.num_experts for layer in opened.layout.moe_layers)
+        self.top_k = max(1, opened.experts_a_token // self.num_moe_layers)
+        self._engine = _engine(opened, policy, budget, self._compute, self.lookahead)
         self._prefetcher = self._engine._fetcher.prefetcher
         for moe_layer, (_, experts) in enumerate(experts_of(model)):
-            experts.swapless_engine = self._engine  # type: ignore[assignment]
             experts.swapless_moe_layer = moe_layer  # type: ignore[assignment]
+        self._route_to(self._engine)
         StepHooks(self._engine, _MOST_TOKENS).attach(model)
 
     def __enter__(self) -> HollowRun:
@@ -154,14 +168,19 @@ class HollowRun:
         """From now on, the attention that a load of ``form`` takes."""
         group_heads(self._model, form.rounded)
 
-    def linears_s(self, products: Mapping[str, Callable[[torch.Tensor], torch.Tensor]], steps: int = 12) -> Times:
-        """Seconds of a step whose linear layers compute ``products``, by path, and whose experts still answer zero."""
+    def steps_s(self, steps: int = 12) -> Times:
+        """Seconds of a step whose experts answer zero; within :meth:`computing`, its linear layers do not."""
+        return self._times(steps)
+
+    @contextmanager
+    def computing(self, products: Mapping[str, Callable[[torch.Tensor], torch.Tensor]]) -> Iterator[None]:
+        """Linear layers compute ``products``, by path, for as long as it is open."""
         modules = dict(self._model.named_modules())
         hollow = {path: modules[path].forward for path in products}
         for path, product in products.items():
             modules[path].forward = product
         try:
-            return self._times(steps)
+            yield
         finally:
             for path, forward in hollow.items():
                 modules[path].forward = forward
@@ -180,7 +199,7 @@ class HollowRun:
     @property
     def foresees(self) -> bool:
         """Whether this family's routers can be asked ahead."""
-        return self._lookahead.routers > 0
+        return self.lookahead.routers > 0
 
     def foreseeing_s(self, steps: int = 12) -> float:
         """Seconds of a hollow step that asks the routers ahead, and finds everything resident."""
@@ -189,6 +208,46 @@ class HollowRun:
             return self._times(steps).median
         finally:
             self._engine._fetcher.prefetcher = None
+
+    @contextmanager
+    def reading(
+        self, pool: Any, traffic: Traffic, threads: int, lookahead: Lookahead | None
+    ) -> Iterator[Callable[[np.ndarray, np.random.Generator], float]]:
+        """For as long as it is open, experts are computed in ``pool`` and read there by so many threads; closes ``traffic``.
+
+        Every token wants the first K experts of a MoE layer then. Gives a function that decodes one with so many of them
+        missing in each MoE layer, int64 (L,), picked by a generator, and returns its seconds.
+        """
+        engine, at_rest, store = self._engine, self._engine._fetcher, cast(Any, traffic)
+        engine._fetcher = Fetcher(store, pool, engine.budget, threads, lookahead, self.resident)
+        self._experts, self._cache = pool.compute, None
+
+        def step(misses: np.ndarray, rng: np.random.Generator) -> float:
+            for moe_layer, count in enumerate(misses.tolist()):
+                engine._cache.forget(moe_layer, rng.choice(self.top_k, count, replace=False))
+            return self._forward(1)
+
+        self._route_to(_Steady(engine, self.top_k))
+        try:
+            self._forward(_PROMPT_TOKENS)
+            yield step
+        finally:
+            self._route_to(engine)
+            engine._fetcher.close()
+            engine._fetcher, self._experts = at_rest, _zero_experts
+
+    @property
+    def blocks(self) -> int:
+        """Places of the engine for experts, but for those read ahead."""
+        return self._engine.budget.slots + self._engine.budget.staging_slots
+
+    def resident(self, moe_layer: int, expert: int) -> bool:
+        """Whether an expert is in a slot now."""
+        return self._engine._cache.resident(moe_layer, expert)
+
+    def _route_to(self, engine: Any) -> None:
+        for _, experts in experts_of(self._model):
+            experts.swapless_engine = engine
 
     def experts_s(self, experts: Experts, steps: int = 12) -> Times:
         """Seconds a step spends in ``experts``, with other work in between as in a run: no cache and no thread stays warm."""
@@ -254,6 +313,17 @@ def _engine(opened: OpenCheckpoint, policy: Policy, budget: Budget, experts: Exp
 
 def _zero_experts(module: Any, moe_layer: int, blocks: Sequence[int], hidden: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     return [torch.zeros_like(tokens) for tokens in hidden]
+
+
+class _Steady:
+    """Passes calls on to the engine, whatever the router said as if it had chosen the first K experts."""
+
+    def __init__(self, engine: Engine, top_k: int) -> None:
+        self._engine, self._first = engine, torch.arange(top_k)
+
+    def forward(self, module: Any, hidden_TD: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
+        tokens, ids = len(ids_TK), self._first
+        return self._engine.forward(module, hidden_TD, ids.repeat(tokens, 1), weights_TK[:, :1].repeat(1, len(ids)))
 
 
 class _NoStore:

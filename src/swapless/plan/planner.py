@@ -15,13 +15,12 @@ from swapless.cache import DEFAULT_POLICY, POLICIES
 from swapless.errors import BudgetError, message
 from swapless.plan.commands import commands
 from swapless.plan.hits import Hits
-from swapless.plan.hollow import HollowRun, Times, hollow_model
+from swapless.plan.hollow import HollowRun, hollow_model
 from swapless.plan.machine import Machine
 from swapless.plan.precision import as_packed, disk_bytes
-from swapless.plan.products import expert_time, linear_products
 from swapless.plan.reads import Reads
 from swapless.plan.set_ups import Plan, SetUp
-from swapless.plan.speed import Costs, speed, speed_ahead
+from swapless.plan.timing import Expectation, Timing
 from swapless.runtime.budget import Budget, plan_budget
 from swapless.runtime.door import experts_of
 from swapless.runtime.dry import DryRun, dry_run
@@ -108,39 +107,16 @@ def plan(
         raise _too_small(memory_bytes, cases)
     module = next(module for _, module in experts_of(model))
     rows: list[SetUp] = []
-    costs: dict[int, Costs] = {}
-    others_s: dict[tuple[int, bool], Times] = {}
     with HollowRun(model, opened, POLICIES.get(policy)(), largest) as hollow:
-        step = hollow.step()
-        miss_s = max(0.0, hollow.missing_s() - step.seconds) / opened.experts_a_token
-        ahead_s = max(0.0, hollow.foreseeing_s() - step.seconds)
+        timing = Timing(hollow, module, reads)
         if not hollow.foresees:  # a run sets the slots aside, and reads nothing ahead
             cases = [case._replace(prefetch=None) for case in cases if case.default]
-        for number, case in enumerate(cases):
-            report("timing products and reads", 0.2 + 0.8 * number / len(cases))
-            form = case.form
-            if case.budget is not None and id(form) not in costs:
-                same = form.bits[1], form.rounded
-                if same not in others_s:
-                    hollow.attend_as(form)
-                    others_s[same] = hollow.linears_s(linear_products(form, step.linears))
-                others = others_s[same]
-                products = expert_time(form, module, reads.traffic(form), hollow.experts_s)
-                costs[id(form)] = Costs(
-                    num_moe_layers=len(form.layout.moe_layers),
-                    top_k=form.experts_a_token // len(form.layout.moe_layers),
-                    other_s=others.median,
-                    expert_s=products.together_s,
-                    lone_expert_s=products.alone_s,
-                    miss_s=miss_s,
-                    pace_beside_reads=products.pace_beside_reads,
-                    reading_beside_compute=products.reading_beside_compute,
-                    first_read_s=products.first_read_s,
-                    ahead_s=ahead_s,
-                    least_compute_s=others.least + form.experts_a_token * products.least_s,
-                    **reads.costs(form, products.read_bytes_per_s),
-                )
-            rows.append(_set_up(case, name, policy, hits, costs.get(id(form)), memory_bytes, context))
+        for number, form in enumerate(forms):
+            report("timing products and reads", 0.2 + 0.8 * number / len(forms))
+            mine = [case for case in cases if case.form is form]
+            wanted = {case.prefetch: hits.of(case.budget.slots) for case in mine if case.budget is not None}
+            expected = timing.expected(form, wanted)
+            rows += [_set_up(case, name, policy, expected.get(case.prefetch), memory_bytes, context) for case in mine]
     return Plan(
         memory_bytes=memory_bytes,
         context_tokens=context_tokens,
@@ -207,17 +183,12 @@ def _set_up(
     case: _Case,
     name: str,
     policy: str,
-    hits: Hits,
-    costs: Costs | None,
+    expected: Expectation | None,
     memory_bytes: int,
     context: int | None,
 ) -> SetUp:
     manifest, budget = case.form.manifest, case.budget
     bits, dense_bits = case.form.bits
-    rate = found = None
-    if budget is not None and costs is not None:
-        rate, misses = hits.of(budget.slots)
-        found = (speed if case.prefetch is None else speed_ahead)(costs, misses)
     perplexity = 1.0 if bits == dense_bits == 16 else None
     if manifest is not None and manifest.perplexity:
         perplexity = manifest.perplexity["packed"] / manifest.perplexity["original"]
@@ -231,9 +202,9 @@ def _set_up(
         default=case.default,
         budget=budget,
         needs_bytes=case.needs_bytes,
-        hit_rate=rate,
-        speed=found,
-        costs=costs,
+        hit_rate=None if expected is None else expected.hits.hit_rate,
+        speed=None if expected is None else expected.speed(),
+        expected=expected,
         perplexity_ratio=perplexity,
         disk_bytes=disk_bytes(case.form),
         commands=commands(

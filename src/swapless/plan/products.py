@@ -18,7 +18,6 @@ import numpy as np
 import torch
 
 from swapless.plan.hollow import Linear, Times
-from swapless.plan.traffic import Traffic
 from swapless.runtime.memory import available_bytes
 from swapless.runtime.open import OpenCheckpoint
 from swapless.runtime.parts import computation
@@ -39,26 +38,17 @@ _MOST_BYTES = 48 << 20
 
 _REPEATS = 7
 _LEAST_S = 0.05
-_BESIDE_S = 0.3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExpertTime:
     """Seconds of one expert for one token: ``together`` with the others of its token in one call (``least`` is the fastest of
     the calls), or ``alone``.
-
-    ``pace_beside_reads`` is the share of its speed that is left while reads are under way. ``read_bytes_per_s`` is what reads
-    come to by themselves, and ``reading_beside_compute`` the share of it that is left meanwhile; ``first_read_s`` is what one
-    takes longer where none came before it for some milliseconds. None, 1 and 0 without reads.
     """
 
     together_s: float
     least_s: float
     alone_s: float
-    pace_beside_reads: float = 1.0
-    read_bytes_per_s: float | None = None
-    reading_beside_compute: float = 1.0
-    first_read_s: float = 0.0
 
 
 def cold_bytes(caches: Path = _CACHES) -> int:
@@ -77,82 +67,68 @@ InPlace = Callable[[Callable[..., Any]], Times]
 """Seconds a decode step spends in a computation of experts: :meth:`~swapless.plan.hollow.HollowRun.experts_s`."""
 
 
-def expert_time(
-    opened: OpenCheckpoint, module: Any, traffic: Traffic | None = None, in_place: InPlace | None = None
-) -> ExpertTime:
-    """Time the experts of ``opened`` as the engine computes them, at torch's present number of threads.
+class ColdExperts:
+    """Slots full of experts of ``opened`` with random weights, more than any cache holds, and how they are computed.
 
     Parameters
     ----------
     opened : OpenCheckpoint
         Says what an expert is made of; none of it is read.
+
+    Attributes
+    ----------
+    pool : SlotPool
+        The slots.
+    compute : Experts
+        Computes them, as the engine does, at torch's present number of threads.
+    """
+
+    def __init__(self, opened: OpenCheckpoint) -> None:
+        layers = opened.layout.moe_layers
+        self.opened = opened
+        self.pool = SlotPool(layers, max(2, -(-cold_bytes() // slot_bytes(layers))))
+        _fill(self.pool, opened)
+        self.compute = computation(opened).of(self.pool)
+
+    def __enter__(self) -> ColdExperts:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.pool.close()
+
+
+def expert_time(cold: ColdExperts, module: Any, in_place: InPlace | None = None) -> ExpertTime:
+    """Time ``cold`` experts.
+
+    Parameters
+    ----------
+    cold : ColdExperts
+        The experts.
     module : torch.nn.Module
         An experts module of its model, for gate and activation; without weights.
-    traffic : Traffic, optional
-        Reads such as the engine's, to be timed beside.
     in_place : callable, optional
         Times them in the course of a token. Without it they are called again and again, which is faster: torch's threads are
         awake then, and the code is in the caches.
     """
-    layers = opened.layout.moe_layers
-    top_k = max(1, opened.experts_a_token // len(layers))
-    pool = SlotPool(layers, max(2, -(-cold_bytes() // slot_bytes(layers))))
-    _fill(pool, opened)
-    compute = computation(opened).of(pool)
+    opened, layers = cold.opened, len(cold.opened.layout.moe_layers)
+    top_k = max(1, opened.experts_a_token // layers)
     hidden = torch.randn(1, _hidden_size(opened), dtype=torch.float32).to(opened.layout.dtype)
-    slots = itertools.cycle(range(pool.slots))
+    slots = itertools.cycle(range(cold.pool.slots))
 
     def call(count: int) -> None:
-        compute(module, 0, [next(slots) for _ in range(count)], [hidden] * count)
+        cold.compute(module, 0, [next(slots) for _ in range(count)], [hidden] * count)
 
-    def cold(module: Any, moe_layer: int, blocks: Sequence[int], inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        return compute(module, 0, [next(slots) for _ in blocks], inputs)
+    def elsewhere(module: Any, moe_layer: int, blocks: Sequence[int], inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        return cold.compute(module, 0, [next(slots) for _ in blocks], inputs)
 
-    try:
-        with torch.inference_mode():
-            together = alone = _median_s(lambda: call(1))
-            if top_k > 1:
-                together = _median_s(lambda: call(top_k)) / top_k
-            least = together
-            if in_place is not None:
-                usual, least = (seconds / len(layers) / top_k for seconds in in_place(cold))
-                together, alone = usual, alone * usual / together
-            if traffic is None:
-                return ExpertTime(together_s=together, least_s=least, alone_s=alone)
-            some = max(1, top_k // 2)
-            undisturbed = _calls_per_s(lambda: call(some))
-            first_read_s = traffic.first_read_s(lambda: call(some))
-            with traffic.busy() as moved:
-                reading = _calls_per_s(lambda: time.sleep(_BESIDE_S / 10), moved)
-                disturbed = _calls_per_s(lambda: call(some), moved)
-            share = disturbed.moved_bytes_per_s / max(1.0, reading.moved_bytes_per_s)
-            return ExpertTime(
-                together_s=together,
-                least_s=least,
-                alone_s=alone,
-                pace_beside_reads=min(1.0, disturbed.rate / undisturbed.rate),
-                read_bytes_per_s=reading.moved_bytes_per_s,
-                reading_beside_compute=min(1.0, max(0.01, share)),
-                first_read_s=first_read_s,
-            )
-    finally:
-        pool.close()
-
-
-class _Rate(NamedTuple):
-    rate: float
-    moved_bytes_per_s: float
-
-
-def _calls_per_s(call: Callable[[], Any], moved: list[int] | None = None) -> _Rate:
-    """Calls a second for ``_BESIDE_S`` or until one read more is done, after the first; and the bytes a second meanwhile."""
-    while moved is not None and not moved:
-        call()
-    first, calls, begun = len(moved or ()), 0, time.perf_counter()
-    while (spent := time.perf_counter() - begun) < _BESIDE_S or len(moved or ()) == first > 0:
-        call()
-        calls += 1
-    return _Rate(calls / spent, sum((moved or [])[first:]) / spent)
+    with torch.inference_mode():
+        together = alone = _median_s(lambda: call(1))
+        if top_k > 1:
+            together = _median_s(lambda: call(top_k)) / top_k
+        if in_place is None:
+            return ExpertTime(together_s=together, least_s=together, alone_s=alone)
+        usual, least = (seconds / layers / top_k for seconds in in_place(elsewhere))
+        return ExpertTime(together_s=usual, least_s=least, alone_s=alone * usual / together)
 
 
 def linear_products(opened: OpenCheckpoint, called: Mapping[Linear, int]) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:

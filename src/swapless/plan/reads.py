@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from swapless.plan.machine import Machine, probe_files
-from swapless.plan.traffic import Traffic, blocks_traffic, store_traffic
+from swapless.plan.traffic import BlocksTraffic, StoreTraffic, Traffic
 from swapless.runtime.open import OpenCheckpoint
 from swapless.runtime.parts import open_store, sample_extents
 from swapless.store.packed import block_parts
@@ -55,37 +55,43 @@ class Reads:
         if not self._files:
             return None
         if self._planned(form):
-            layers = form.manifest.moe_layers if form.manifest else ()
-            block_bytes = max(layer.block_bytes for layer in layers)
-            parts = block_parts(block_bytes)
-            return blocks_traffic(self._files, block_bytes // parts, self._at(block_bytes // parts).depth)
-        return store_traffic(self._opened, self._probe.depth)
+            return BlocksTraffic(self._files, self._block_bytes(form))
+        return StoreTraffic(open_store(self._opened, check=False), min(m.num_experts for m in self._opened.layout.moe_layers))
+
+    def threads(self, form: OpenCheckpoint) -> int:
+        """How many reads the engine would have in flight."""
+        return self._found_for(form).depth
+
+    def _found_for(self, form: OpenCheckpoint) -> Probe:
+        if not self._planned(form):
+            return self._probe
+        block_bytes = self._block_bytes(form)
+        return self._at(block_bytes // block_parts(block_bytes))
+
+    @staticmethod
+    def _block_bytes(form: OpenCheckpoint) -> int:
+        return max(layer.block_bytes for layer in form.manifest.moe_layers) if form.manifest else 0
 
     def _planned(self, form: OpenCheckpoint) -> bool:
         """Whether ``form`` is what ``opened`` would be packed as."""
         return self._bounce_bytes > 0 and form.manifest is not None
 
-    def costs(self, form: OpenCheckpoint, read_bytes_per_s: float | None) -> dict[str, Any]:
+    def costs(self, form: OpenCheckpoint) -> dict[str, Any]:
         """What :class:`~swapless.plan.speed.Costs` say about the reads of ``form``: ``opened``, or how it would be packed.
 
-        ``read_bytes_per_s`` is what the engine's own reads came to, the copy of an expert that needs one included. Where none
-        were made, the copy is taken to wait for its read.
+        An expert that is copied into its slot is taken to wait for its read first.
         """
-        found, read_bytes, parts, copied = self._probe, self._bytes, self._parts, self._bounce_bytes > 0
+        found, read_bytes, parts, copied = self._found_for(form), self._bytes, self._parts, self._bounce_bytes > 0
         if self._planned(form):  # blocks that are not there yet
-            assert form.manifest is not None
-            read_bytes = max(layer.block_bytes for layer in form.manifest.moe_layers)
+            read_bytes = self._block_bytes(form)
             parts, copied = block_parts(read_bytes), False
-            found = self._at(read_bytes // parts)
         best = found.best_bytes_per_s
-        if read_bytes_per_s is None:
-            read_bytes_per_s = 1 / (1 / best + 1 / self._machine.copy_bytes_per_s) if copied else best
-        share = read_bytes_per_s / best
+        own = 1 / (1 / best + 1 / self._machine.copy_bytes_per_s) if copied else best
         return {
             "read_bytes": read_bytes,
             "parts": parts,
-            "bytes_per_s": {depth: share * rate for depth, rate in found.bytes_per_s.items() if depth <= found.depth},
-            "link_bytes_per_s": max(best, read_bytes_per_s),
+            "bytes_per_s": {depth: own / best * rate for depth, rate in found.bytes_per_s.items() if depth <= found.depth},
+            "link_bytes_per_s": best,
         }
 
     def _at(self, block_bytes: int) -> Probe:

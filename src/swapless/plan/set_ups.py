@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any
 
-from swapless.plan.speed import Costs, Speed
+from swapless.plan.speed import Speed
+from swapless.plan.timing import Expectation
 from swapless.runtime.budget import Budget
 
 
@@ -33,7 +34,7 @@ class SetUp:
         Expected share of requests whose expert is resident.
     speed : Speed or None
         Expected time of a token and its floor.
-    costs : Costs or None
+    expected : Expectation or None
         What that was worked out from.
     perplexity_ratio : float or None
         Perplexity over that of the original; 1 where no weight is changed, None where nobody measured it.
@@ -53,7 +54,7 @@ class SetUp:
     needs_bytes: int
     hit_rate: float | None
     speed: Speed | None
-    costs: Costs | None
+    expected: Expectation | None
     perplexity_ratio: float | None
     disk_bytes: int
     commands: tuple[str, ...]
@@ -65,7 +66,9 @@ class SetUp:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
-        found = {item.name: getattr(self, item.name) for item in fields(self) if item.name not in ("budget", "speed", "costs")}
+        found = {
+            item.name: getattr(self, item.name) for item in fields(self) if item.name not in ("budget", "speed", "expected")
+        }
         figures = ("token_s", "floor_s", "compute_s", "bytes_a_token", "tokens_per_s", "most_tokens_per_s")
         found |= {name: getattr(self.speed, name) if self.speed else None for name in figures}
         return found | {

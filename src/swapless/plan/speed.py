@@ -8,12 +8,10 @@ share of layers with so many hits and so many misses says all, whether it was co
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 
 import numpy as np
-
-from swapless.cache.pace import computed, landed
 
 GATE_RECALL = 0.8
 """Share of the next MoE layer's experts that its router names when asked early: 0.74 to 0.89 were measured, at leads of two and
@@ -42,12 +40,6 @@ class Costs:
         Bandwidth by reads in flight, the copy of an expert that needs one included.
     link_bytes_per_s : float, optional
         Bandwidth of the link alone, which bounds everything; by default the best of those.
-    pace_beside_reads : float
-        Share of its speed that compute keeps while reads are under way.
-    reading_beside_compute : float
-        Share of the bandwidth that reads keep while experts are computed.
-    first_read_s : float
-        Seconds more that the first read of a MoE layer takes, since the disk had nothing to do before it.
     ahead_s : float
         Seconds a token of foreseeing, where there is reading ahead.
     least_compute_s : float, optional
@@ -64,11 +56,17 @@ class Costs:
     bytes_per_s: Mapping[int, float]
     link_bytes_per_s: float | None = None
     miss_s: float = 0.0
-    pace_beside_reads: float = 1.0
-    reading_beside_compute: float = 1.0
-    first_read_s: float = 0.0
     ahead_s: float = 0.0
     least_compute_s: float | None = None
+
+    def at(self, bytes_per_s: float) -> Costs:
+        """The same with this bandwidth at the most reads in flight, and all others in proportion."""
+        share = bytes_per_s / self.bytes_per_s[max(self.bytes_per_s)]
+        return replace(
+            self,
+            bytes_per_s={depth: share * rate for depth, rate in self.bytes_per_s.items()},
+            link_bytes_per_s=None if self.link_bytes_per_s is None else share * self.link_bytes_per_s,
+        )
 
     def reading_s(self, misses: float) -> float:
         """Seconds an expert's read takes by itself, where so many are asked for at once."""
@@ -86,23 +84,25 @@ class Costs:
     def layer_s(self, hits: int, misses: int) -> float:
         """Seconds of one MoE layer's experts, from the moment they are known."""
         read = self.reading_s(misses)
-        landings = [self.first_read_s + (number + 1) * read for number in range(misses)]
-        busy, landings = self._call(0.0, hits, landings, misses * self.miss_s)
+        landings = [(number + 1) * read for number in range(misses)]
+        busy = self.together_s(hits) + misses * self.miss_s
         while landings:
             begun = max(busy, landings[0])
             there = sum(landing <= begun for landing in landings)
-            busy, landings = self._call(begun, there, landings[there:])
+            busy, landings = begun + self.together_s(there), landings[there:]
         return busy
 
-    def _call(self, begun: float, experts: int, landings: list[float], more_s: float = 0.0) -> tuple[float, list[float]]:
-        """When a call of ``experts`` and ``more_s`` of other work are done, and when what is still being read lands with it."""
-        work_s = self.together_s(experts) + more_s
-        done = computed.py_func(begun, work_s, max(landings, default=begun), *self._shares)
-        return float(done), [float(landed.py_func(landing, begun, done, self._shares[1])) for landing in landings]
 
-    @property
-    def _shares(self) -> tuple[float, float]:
-        return self.pace_beside_reads, self.reading_beside_compute
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rehearsal:
+    """A token that was timed with made hits and misses, real products and real reads (``plan/rehearsal``).
+
+    ``misses`` is what was made, float64 (K + 1,) as in :func:`speed`; ``bytes_per_s`` the bandwidth that was probed meanwhile.
+    """
+
+    token_s: float
+    misses: np.ndarray
+    bytes_per_s: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,7 +134,7 @@ def binomial(top_k: int, hit_rate: float) -> np.ndarray:
     return np.array([math.comb(top_k, m) * miss**m * hit_rate ** (top_k - m) for m in range(top_k + 1)])
 
 
-def speed(costs: Costs, misses: np.ndarray) -> Speed:
+def speed(costs: Costs, misses: np.ndarray, rehearsal: Rehearsal | None = None) -> Speed:
     """What a token takes.
 
     Parameters
@@ -143,35 +143,63 @@ def speed(costs: Costs, misses: np.ndarray) -> Speed:
         Of its parts.
     misses : float64 ndarray of shape (K + 1,)
         Share of (token, MoE layer) pairs with 0 to K misses; they sum to 1.
+    rehearsal : Rehearsal, optional
+        Of about such a token: then the costs only say what the differences between it and this one make.
     """
-    layers, top_k = costs.num_moe_layers, costs.top_k
-    experts_s = sum(share * costs.layer_s(top_k - count, count) for count, share in enumerate(misses.tolist()))
-    return _speed(costs, costs.other_s + layers * experts_s, layers * _mean(misses))
+    return _speed(costs, _expected_s(_plain_s, costs, misses, rehearsal), costs.num_moe_layers * _mean(misses))
 
 
-def speed_ahead(costs: Costs, misses: np.ndarray, recall: float = GATE_RECALL) -> Speed:
+def speed_ahead(
+    costs: Costs,
+    misses: np.ndarray,
+    recall: float = GATE_RECALL,
+    *,
+    rehearsal: Rehearsal | None = None,
+    without: Rehearsal | None = None,
+) -> Speed:
     """The same with the next MoE layer's experts foreseen and read while the link is idle.
 
     An estimate: of what is missing, the share ``recall`` is foreseen, and so many of the reads begin ahead as fit into the time
-    in which nothing is read on demand; those foreseen in vain take the same time and bytes. All of them slow down what is
-    computed beside, and foreseeing itself takes its time. A run goes without where that is faster.
+    in which nothing is read on demand; those foreseen in vain take the same time and bytes. Foreseeing itself takes its time. A
+    run goes without where that is faster, for which ``without`` is a rehearsal.
     """
-    layers = costs.num_moe_layers
+
+    def ahead_s(costs: Costs, misses: np.ndarray) -> float:
+        _, spread = _read_ahead(costs, misses, recall)
+        return costs.other_s + costs.ahead_s + costs.num_moe_layers * _experts_s(costs, spread)
+
+    token_s = _expected_s(_plain_s, costs, misses, without)
+    if not _mean(misses):
+        return _speed(costs, token_s, 0.0)
+    ahead, _ = _read_ahead(costs, misses, recall)
+    token_s = min(token_s, _expected_s(ahead_s, costs, misses, rehearsal))
+    return _speed(costs, token_s, costs.num_moe_layers * (_mean(misses) + ahead * (1 - recall)))
+
+
+def _expected_s(
+    model: Callable[[Costs, np.ndarray], float], costs: Costs, misses: np.ndarray, rehearsal: Rehearsal | None
+) -> float:
+    if rehearsal is None:
+        return model(costs, misses)
+    return rehearsal.token_s + model(costs, misses) - model(costs.at(rehearsal.bytes_per_s), rehearsal.misses)
+
+
+def _plain_s(costs: Costs, misses: np.ndarray) -> float:
+    return costs.other_s + costs.num_moe_layers * _experts_s(costs, misses)
+
+
+def _experts_s(costs: Costs, misses: np.ndarray) -> float:
+    return float(sum(share * costs.layer_s(costs.top_k - count, count) for count, share in enumerate(misses.tolist())))
+
+
+def _read_ahead(costs: Costs, misses: np.ndarray, recall: float) -> tuple[float, np.ndarray]:
+    """Reads a MoE layer that begin ahead, and the misses that are left."""
     missing = _mean(misses)
-    if not missing:
-        return speed(costs, misses)
-    read_s = costs.reading_s(missing) / costs.reading_beside_compute
-    before = speed(costs, misses)
-    idle_s = max(0.0, before.token_s / layers - missing * read_s)
+    read_s = costs.reading_s(missing)
+    idle_s = max(0.0, _plain_s(costs, misses) / costs.num_moe_layers - missing * read_s)
     ahead = min(missing, idle_s / read_s)
-    left = 1 - ahead * recall / missing
-    places = np.arange(len(misses))
-    rate = 1 - left * missing / costs.top_k
-    spread = binomial(costs.top_k, rate) if left else (places == 0).astype(np.float64)
-    experts_s = sum(share * costs.layer_s(costs.top_k - count, count) for count, share in enumerate(spread.tolist()))
-    slowed_s = ahead * read_s * (1 - costs.pace_beside_reads)
-    token_s = min(before.token_s, costs.other_s + costs.ahead_s + layers * (experts_s + slowed_s))
-    return _speed(costs, token_s, layers * (missing + ahead * (1 - recall)))
+    rate = 1 - (missing - ahead * recall) / costs.top_k
+    return ahead, binomial(costs.top_k, min(1.0, rate))
 
 
 def _mean(misses: np.ndarray) -> float:

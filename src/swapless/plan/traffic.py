@@ -1,126 +1,135 @@
-"""Reads without a purpose: what compute and the read path take from each other can only be timed while both are at work.
+"""Reads without a purpose: as the engine would make them, of experts or blocks at random places.
 
-On two cores the reader threads want their share of the processors, and both want the memory bus; a virtual disk may take it
-from the same processors outside of the machine.
+A plan asks for the same few experts over and over, and blocks that it plans for are not there yet; the disk must not know.
 """
 
 from __future__ import annotations
 
-import statistics
+import random
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, closing, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 import numpy as np
 
-from swapless.runtime.open import OpenCheckpoint
-from swapless.runtime.parts import open_store
-from swapless.runtime.pool import slot_bytes
-from swapless.store.read import BLOCK_BYTES, FileReader, aligned_buffer
-
-_PLACES = 4
-"""Slots that one thread reads into in turn: a single one would stay in the processor's cache."""
-
-_PAUSE_S, _PAUSES = 0.004, 24
+from swapless.runtime.store import Store
+from swapless.store.packed import block_parts
+from swapless.store.read import BLOCK_BYTES, FileReader
 
 Fetch = Callable[[np.random.Generator], int]
 """Makes one read somewhere and returns its bytes."""
 
-Fetchers = Callable[[], AbstractContextManager[Callable[[], Fetch]]]
-"""Opens files, and makes a fetcher with memory of its own for each thread that asks."""
+
+class Traffic(Protocol):
+    """What the engine's reader threads ask of a store, answered with other bytes of the same files."""
+
+    def bounce_buffer(self) -> np.ndarray:
+        """Scratch memory for one reader thread."""
+        ...
+
+    def parts(self, moe_layer: int, expert: int) -> int:
+        """Into how many parts an expert is cut."""
+        ...
+
+    def read_part(self, moe_layer: int, expert: int, part: int, slot: np.ndarray, bounce: np.ndarray) -> int:
+        """Fill as much of ``slot`` as that part would; returns the bytes fetched."""
+        ...
+
+    def close(self) -> None:
+        """Close the files."""
+        ...
 
 
-class Traffic:
-    """Reads such as the engine's.
+class BlocksTraffic:
+    """Blocks of packed experts, at random places of ``files``: nothing there is packed yet.
 
     Parameters
     ----------
-    fetchers : callable
-        Makes them.
-    threads : int
-        How many the engine would have in flight.
+    files : sequence of Path
+        To read from.
+    block_bytes : int
+        Bytes of one expert.
     """
 
-    def __init__(self, fetchers: Fetchers, threads: int) -> None:
-        self._fetchers, self._threads = fetchers, threads
+    def __init__(self, files: Sequence[Path], block_bytes: int) -> None:
+        self._reader = FileReader(list(files))
+        self._sizes = {file: file.stat().st_size for file in files}
+        self._count = block_parts(block_bytes)
+        self._part_bytes = block_bytes // self._count // BLOCK_BYTES * BLOCK_BYTES
+        self._random = random.Random(0)
 
-    @contextmanager
-    def busy(self) -> Iterator[list[int]]:
-        """Keep reading at random places for as long as it is open; the list receives the bytes of each read."""
-        with self._fetchers() as fetcher, busy([fetcher() for _ in range(self._threads)], np.random.default_rng(0)) as moved:
-            yield moved
+    def bounce_buffer(self) -> np.ndarray:
+        """Nothing: an empty array."""
+        return np.empty(0, np.uint8)
 
-    def first_read_s(self, between: Callable[[], Any]) -> float:
-        """Seconds that a read takes longer after some milliseconds of ``between`` than right after another read.
+    def parts(self, moe_layer: int, expert: int) -> int:
+        """Into how many parts a block is cut."""
+        return self._count
 
-        What serves a disk goes to sleep: on a virtual machine a read of 1.1 ms takes 1.3 after 2 ms and 1.5 after 5.
-        """
-        rng, seconds = np.random.default_rng(0), []
+    def read_part(self, moe_layer: int, expert: int, part: int, slot: np.ndarray, bounce: np.ndarray) -> int:
+        """Read as much as one part of a block to its place in ``slot``; all of a file that is smaller."""
+        (file,) = self._random.choices(list(self._sizes), list(self._sizes.values()))
+        nbytes = min(self._part_bytes, self._sizes[file])
+        offset = self._random.randrange(self._sizes[file] - nbytes + 1) // BLOCK_BYTES * BLOCK_BYTES
+        return len(self._reader.read(file, offset, nbytes, slot[part * self._part_bytes :]))
 
-        def timed(fetch: Fetch) -> float:
-            begun = time.perf_counter()
-            fetch(rng)
-            return time.perf_counter() - begun
-
-        with self._fetchers() as fetcher:
-            fetch = fetcher()
-            for _ in range(_PAUSES):
-                begun = time.perf_counter()
-                while time.perf_counter() - begun < _PAUSE_S:
-                    between()
-                seconds.append((timed(fetch), timed(fetch)))
-        first, following = (statistics.median(column) for column in zip(*seconds, strict=True))
-        return max(0.0, first - following)
+    def close(self) -> None:
+        """Close the files."""
+        self._reader.close()
 
 
-def blocks_traffic(files: list[Path], block_bytes: int, threads: int) -> Traffic:
-    """Reads of blocks of ``files`` at random places."""
-    sizes = [file.stat().st_size for file in files]
+class StoreTraffic:
+    """Experts of ``store``, any in the place of any other of their MoE layer. Closes it in the end.
 
-    @contextmanager
-    def fetchers() -> Iterator[Callable[[], Fetch]]:
-        with closing(FileReader(files)) as reader:
+    Parameters
+    ----------
+    store : Store
+        To read from.
+    experts : int
+        Of each MoE layer.
+    """
 
-            def fetcher() -> Fetch:
-                places = [aligned_buffer(block_bytes + 2 * BLOCK_BYTES) for _ in range(_PLACES)]
+    def __init__(self, store: Store, experts: int) -> None:
+        self._store, self._experts, self._random = store, experts, random.Random(0)
 
-                def fetch(rng: np.random.Generator) -> int:
-                    number = int(rng.choice(len(files), p=np.array(sizes) / sum(sizes)))
-                    offset = int(rng.integers(max(1, sizes[number] - block_bytes))) // BLOCK_BYTES * BLOCK_BYTES
-                    nbytes = min(block_bytes, sizes[number])
-                    return len(reader.read(files[number], offset, nbytes, places[int(rng.integers(_PLACES))]))
+    def bounce_buffer(self) -> np.ndarray:
+        """The store's."""
+        return self._store.bounce_buffer()
 
-                return fetch
+    def parts(self, moe_layer: int, expert: int) -> int:
+        """As of the store."""
+        return self._store.parts(moe_layer, expert)
 
-            yield fetcher
+    def read_part(self, moe_layer: int, expert: int, part: int, slot: np.ndarray, bounce: np.ndarray) -> int:
+        """Read that part of some expert, and copy it as the engine does."""
+        other = self._random.randrange(self._experts)
+        return self._store.read_part(moe_layer, other, part % self._store.parts(moe_layer, other), slot, bounce)
 
-    return Traffic(fetchers, threads)
+    def close(self) -> None:
+        """Close the files."""
+        self._store.close()
 
 
-def store_traffic(opened: OpenCheckpoint, threads: int) -> Traffic:
-    """The same with experts of ``opened``, read and copied into slots as the engine does it."""
-    layers = opened.layout.moe_layers
+def bandwidth(traffic: Traffic, threads: int, places: Sequence[np.ndarray], seconds: float) -> float:
+    """Bytes a second that so many threads get out of ``traffic`` into ``places``, copies included, beside nothing else."""
 
-    @contextmanager
-    def fetchers() -> Iterator[Callable[[], Fetch]]:
-        with closing(open_store(opened, check=False)) as store:
+    def fetcher() -> Fetch:
+        bounce = traffic.bounce_buffer()
 
-            def fetcher() -> Fetch:
-                bounce, places = store.bounce_buffer(), [aligned_buffer(slot_bytes(layers)) for _ in range(_PLACES)]
+        def fetch(rng: np.random.Generator) -> int:
+            part, place = int(rng.integers(traffic.parts(0, 0))), places[int(rng.integers(len(places)))]
+            return traffic.read_part(0, 0, part, place, bounce)
 
-                def fetch(rng: np.random.Generator) -> int:
-                    layer = int(rng.integers(len(layers)))
-                    expert, place = int(rng.integers(layers[layer].num_experts)), places[int(rng.integers(_PLACES))]
-                    return store.read_part(layer, expert, int(rng.integers(store.parts(layer, expert))), place, bounce)
+        return fetch
 
-                return fetch
-
-            yield fetcher
-
-    return Traffic(fetchers, threads)
+    with busy([fetcher() for _ in range(threads)], np.random.default_rng(0)) as moved:
+        begun = time.perf_counter()
+        while time.perf_counter() - begun < seconds or not moved:
+            time.sleep(seconds / 8)
+        return sum(moved) / (time.perf_counter() - begun)
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from swapless import embedded
 from swapless.plan.hollow import hollow_model
 from swapless.plan.hub import write_ghost
 from swapless.plan.precision import as_packed
-from swapless.plan.products import expert_time
+from swapless.plan.products import ColdExperts, expert_time
 from swapless.runtime.door import experts_of, model_class, skeleton
 from swapless.runtime.model import load
 from swapless.runtime.open import OpenCheckpoint, open_checkpoint
@@ -50,7 +50,8 @@ def expert_weights_per_s() -> Iterator[tuple[str, float]]:
         module = next(module for _, module in experts_of(hollow_model(opened)))
         weights = opened.layout.moe_layers[0].expert_bytes // opened.layout.dtype.itemsize
         for bits in (16, 8, 4):
-            seconds = expert_time(opened if bits == 16 else as_packed(opened, bits, 16), module).together_s
+            with ColdExperts(opened if bits == 16 else as_packed(opened, bits, 16)) as cold:
+                seconds = expert_time(cold, module).together_s
             yield ("bf16" if bits == 16 else f"int{bits}"), weights / seconds
 
 
