@@ -4,8 +4,8 @@
     python benchmarks/plan.py --for 240      # stop after so many seconds; the same command goes on
     python benchmarks/plan.py --quick        # one round of few tokens, nothing stored: only to see that it runs
 
-The checkpoint is packed in 8 and in 4 bits into a scratch folder, and a trace is recorded of tokens that are never timed. Then,
-in each of five rounds, for bf16, int8 and int4 at three memory budgets, in turning order: the plan is made from the unpacked
+The checkpoint is packed in 8 and in 4 bits into a scratch folder, and a trace is recorded of tokens that are never timed, with
+the share of experts that the next router foresees. Then, in each of five rounds, for bf16, int8 and int4 at three memory budgets, in turning order: the plan is made from the unpacked
 checkpoint, as a user would; a process of its own loads the model with that budget and decodes, a few tokens at a time, with the
 read path probed before, between and after (with the copy into a slot, where experts need one), once without and, where
 something is left to read, once with reading ahead, as ``swapless run`` does by itself; and the plan is made again. The
@@ -85,39 +85,41 @@ def measured(folder: Path, memory: int, prefetch: str, asked: argparse.Namespace
     return json.loads(done.stdout)
 
 
-def record(folder: Path, out: Path, asked: argparse.Namespace) -> Any:
-    """A trace of all tokens after those that are timed, kept in ``out``."""
+def record(folder: Path, scratch: Path, asked: argparse.Namespace) -> tuple[Any, float]:
+    """A trace of all tokens after those that are timed, and the share of experts that the next router foresees; both are kept."""
     from swapless.trace import read_trace, write_trace
 
-    if not out.exists():
+    out, recall = scratch / "trace.parquet", scratch / "recall.json"
+    if not recall.exists():
         given = json.loads((asked.checkpoint / "tokens.json").read_text())
         rest = given["decode"][asked.warm_up + asked.tokens :]
-        run = Run(folder, asked.threads, len(rest) + 1, resident=0.5)
+        run = Run(folder, asked.threads, len(rest) + 1, resident=0.5, prefetch="gate")
         run.prefill(rest[:16])
         run.decode(rest[16:])
         write_trace(out, run.engine.trace())
+        recall.write_text(json.dumps(run.engine.stats().prefetch_recall[1]))
         run.close()
-    return read_trace(out)
+    return read_trace(out), json.loads(recall.read_text())
 
 
 class Planner:
     """Plans of the unpacked checkpoint, one precision at a time."""
 
-    def __init__(self, folder: Path, trace: Any, scratch: Path) -> None:
+    def __init__(self, folder: Path, trace: Any, recall: float, scratch: Path) -> None:
         from swapless.plan.hits import TraceHits
         from swapless.plan.machine import machine
         from swapless.runtime.open import open_checkpoint
 
         self._opened = open_checkpoint(folder)
-        self._hits = TraceHits(trace, self._opened)
+        self._hits, self._recall = TraceHits(trace, self._opened), recall
         self.machine = machine(folder=scratch)
 
     def __call__(self, bits: int, memory: int) -> Any:
         """The set-ups without and, where it is worth its slots, with reading ahead."""
         from swapless.plan.planner import plan
 
-        found = plan(self._opened, "model", memory, self.machine, self._hits, context=CONTEXT, precisions=[(bits, 16)])
-        return found.set_ups
+        wanted: Any = {"context": CONTEXT, "precisions": [(bits, 16)], "recall": self._recall}
+        return plan(self._opened, "model", memory, self.machine, self._hits, **wanted).set_ups
 
     def with_bandwidth(self, row: Any, run: dict[str, Any], *, hits: bool = False) -> Any:
         """What the plan would have said, had it found the bandwidth of the run's own probes (and known its ``hits``)."""
@@ -236,7 +238,7 @@ def main() -> None:
     for bits in BITS[1:]:
         print(f"packing in {bits} bits, if it is not done", file=sys.stderr, flush=True)
         pack(folder, folders[bits], bits=bits)
-    planner = Planner(folder, record(folder, scratch / "trace.parquet", asked), scratch)
+    planner = Planner(folder, *record(folder, scratch, asked), scratch)
     cases = [(bits, memory) for memory in BUDGETS for bits in BITS]
     for number in range(asked.rounds):
         turn = 2 * number % len(cases)

@@ -155,6 +155,11 @@ def test_a_context_beyond_the_model_is_refused(opened: Any) -> None:
         planned(opened, 600 * MIB, context=1025)
 
 
+def test_a_recall_is_a_share(opened: Any) -> None:
+    with pytest.raises(UsageError, match="0 to 1"):
+        planned(opened, 600 * MIB, recall=98.0)
+
+
 def test_a_longer_context_takes_slots(opened: Any, roomy: Any) -> None:
     memory = roomy.set_ups[0].needs_bytes + 4 * MIB
     assert planned(opened, memory, context=512).set_ups[0].needs_bytes > roomy.set_ups[0].needs_bytes

@@ -30,6 +30,10 @@ def plan(
     trace: Annotated[
         Path | None, typer.Option(metavar="FILE", help="A trace of this model, for its hit rates (swapless record).")
     ] = None,
+    recall: Annotated[
+        float,
+        typer.Option(metavar="SHARE", help="Of the next layer's experts, foreseen by its router, as a run's figures say."),
+    ] = 0.8,
     context: options.Context = None,
     policy: options.Policy = DEFAULT_POLICY,
     threads: options.Threads = None,
@@ -61,7 +65,8 @@ def plan(
             CurveHits(opened, policy) if trace is None else TraceHits(read_trace(trace), opened, policy, name=trace.name)
         )
         measured = machine(fresh=fresh, progress=progress)
-        found = run(opened, checkpoint, memory, measured, hits, whole=whole, context=context, policy=policy, progress=progress)
+        options_of_all: Any = {"whole": whole, "context": context, "policy": policy, "recall": recall, "progress": progress}
+        found = run(opened, checkpoint, memory, measured, hits, **options_of_all)
     layers = opened.layout.moe_layers
     about = {
         "checkpoint": checkpoint,

@@ -12,7 +12,7 @@ from functools import partial
 from typing import NamedTuple
 
 from swapless.cache import DEFAULT_POLICY, POLICIES
-from swapless.errors import BudgetError, message
+from swapless.errors import BudgetError, UsageError, message
 from swapless.plan.commands import commands
 from swapless.plan.hits import Hits
 from swapless.plan.hollow import HollowRun, hollow_model
@@ -20,6 +20,7 @@ from swapless.plan.machine import Machine
 from swapless.plan.precision import as_packed, disk_bytes
 from swapless.plan.reads import Reads
 from swapless.plan.set_ups import Plan, SetUp
+from swapless.plan.speed import GATE_RECALL
 from swapless.plan.timing import Expectation, Timing
 from swapless.runtime.budget import Budget, plan_budget
 from swapless.runtime.door import experts_of
@@ -52,6 +53,7 @@ def plan(
     context: int | None = None,
     policy: str = DEFAULT_POLICY,
     precisions: Sequence[tuple[int, int]] = PRECISIONS,
+    recall: float = GATE_RECALL,
     progress: Progress | None = None,
 ) -> Plan:
     """Foresee what ``opened`` would do with ``memory_bytes``.
@@ -76,6 +78,8 @@ def plan(
         Name of the cache policy.
     precisions : sequence of (int, int)
         Bits of experts and of all else to plan for; a packed store has its own alone.
+    recall : float
+        Share of the next MoE layer's experts that its router foresees.
     progress : callable of (str, float), optional
         Told what is going on and the share done.
 
@@ -84,12 +88,14 @@ def plan(
     BudgetError
         No set-up works; the message names the smallest budget that does, and in which.
     UsageError
-        A context that the model cannot have.
+        A context that the model cannot have, or a recall that is no share.
     UnknownNameError
         No such policy, or one of which there is neither a trace nor a curve.
     """
     report = progress or (lambda stage, done: None)
     context_tokens = context_of(context, opened.config)
+    if not 0 <= recall <= 1:
+        raise UsageError(message("The recall is a share of experts.", got=str(recall), allowed="0 to 1"))
     report("measuring the model without its weights", 0.1)
     model = hollow_model(opened)
     dry = dry_run(model)
@@ -108,7 +114,7 @@ def plan(
     module = next(module for _, module in experts_of(model))
     rows: list[SetUp] = []
     with HollowRun(model, opened, POLICIES.get(policy)(), largest) as hollow:
-        timing = Timing(hollow, module, reads)
+        timing = Timing(hollow, module, reads, recall)
         if not hollow.foresees:  # a run sets the slots aside, and reads nothing ahead
             cases = [case._replace(prefetch=None) for case in cases if case.default]
         for number, form in enumerate(forms):

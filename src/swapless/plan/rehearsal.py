@@ -17,7 +17,7 @@ import torch
 
 from swapless.plan.hollow import HollowRun
 from swapless.plan.products import ColdExperts
-from swapless.plan.speed import GATE_RECALL, Rehearsal
+from swapless.plan.speed import Rehearsal
 from swapless.plan.traffic import Traffic, bandwidth
 from swapless.runtime.ahead import Foreseen, Lookahead
 from swapless.runtime.routing import Step
@@ -109,7 +109,7 @@ def rehearse(
     misses: np.ndarray,
     *,
     ahead: bool = False,
-    recall: float = GATE_RECALL,
+    recall: float = 1.0,
 ) -> Rehearsal:
     """Decode some tokens and time them.
 

@@ -32,6 +32,8 @@ class Expectation:
         Of its slots.
     prefetch : str or None
         What is read ahead.
+    recall : float
+        Share of the next MoE layer's experts that is foreseen then.
     rehearsal : Rehearsal or None
         Of this set-up; None where the weights are not there.
     without : Rehearsal or None
@@ -41,6 +43,7 @@ class Expectation:
     costs: Costs
     hits: Expected
     prefetch: str | None
+    recall: float
     rehearsal: Rehearsal | None
     without: Rehearsal | None
 
@@ -50,7 +53,7 @@ class Expectation:
         misses = self.hits.misses if misses is None else misses
         if self.prefetch is None:
             return speed(costs, misses, self.rehearsal)
-        return speed_ahead(costs, misses, rehearsal=self.rehearsal, without=self.without)
+        return speed_ahead(costs, misses, self.recall, rehearsal=self.rehearsal, without=self.without)
 
 
 class Timing:
@@ -64,10 +67,12 @@ class Timing:
         One of its experts modules.
     reads : Reads
         Of its experts.
+    recall : float
+        Share of the next MoE layer's experts that its router foresees.
     """
 
-    def __init__(self, hollow: HollowRun, module: Any, reads: Reads) -> None:
-        self._hollow, self._module, self._reads = hollow, module, reads
+    def __init__(self, hollow: HollowRun, module: Any, reads: Reads, recall: float) -> None:
+        self._hollow, self._module, self._reads, self._recall = hollow, module, reads, recall
         step = hollow.step()
         self._called = step.linears
         self._miss_s = max(0.0, hollow.missing_s() - step.seconds) / (hollow.num_moe_layers * hollow.top_k)
@@ -91,7 +96,12 @@ class Timing:
                     rehearsal = self._rehearsal(form, cold, hits[prefetch], prefetch)
                     without = found[None].rehearsal if None in found else rehearsal
                     found[prefetch] = Expectation(
-                        costs=costs, hits=hits[prefetch], prefetch=prefetch, rehearsal=rehearsal, without=without
+                        costs=costs,
+                        hits=hits[prefetch],
+                        prefetch=prefetch,
+                        recall=self._recall,
+                        rehearsal=rehearsal,
+                        without=without,
                     )
         return found
 
@@ -117,5 +127,13 @@ class Timing:
         traffic = self._reads.traffic(form)
         if traffic is None:
             return None
-        threads = self._reads.threads(form)
-        return rehearse(self._hollow, cold, self._module, traffic, threads, hits.misses, ahead=prefetch is not None)
+        return rehearse(
+            self._hollow,
+            cold,
+            self._module,
+            traffic,
+            self._reads.threads(form),
+            hits.misses,
+            ahead=prefetch is not None,
+            recall=self._recall,
+        )
