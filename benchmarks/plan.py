@@ -5,15 +5,16 @@
     python benchmarks/plan.py --quick        # one round of few tokens, nothing stored: only to see that it runs
 
 The checkpoint is packed in 8 and in 4 bits into a scratch folder, and a trace is recorded of tokens that are never timed, with
-the share of experts that the next router foresees. Then, in each of five rounds, for bf16, int8 and int4 at three memory budgets, in turning order: the plan is made from the unpacked
-checkpoint, as a user would; a process of its own loads the model with that budget and decodes, a few tokens at a time, with the
-read path probed before, between and after (with the copy into a slot, where experts need one), once without and, where
-something is left to read, once with reading ahead, as ``swapless run`` does by itself; and the plan is made again. The
-clock starts after 64 tokens, when most slots have been used once: memory that a virtual machine has never had costs it several
-milliseconds an expert at the first touch, and never again. What counts as expected is the mean of the two plans' token times,
-with the bandwidth that the probes of that run found, since a shared disk drifts within seconds; the figure with the plan's own
-bandwidth stands beside it. Medians over the rounds must agree within 20 %, no round may be faster than its floor by more than
-the spread of its probes, and slots and peak memory must be within what was foreseen.
+the share of experts that the next router foresees. Then, in each of five rounds, for bf16, int8 and int4 at three memory
+budgets, in turning order: the plan is made from the unpacked checkpoint, as a user would; a process of its own loads the model
+with that budget and decodes, a few tokens at a time, with the read path probed before, between and after (with the copy into a
+slot, where experts need one), once without and, where something is left to read, once with reading ahead, as ``swapless run``
+does by itself; and the plan is made again. The clock starts after 64 tokens, when most slots have been used once: memory that
+a virtual machine has never had costs it several milliseconds an expert at the first touch, and never again. What counts as
+expected is the mean of the two plans' token times, with the bandwidth that the probes of that run found, since a shared disk
+drifts within seconds; the figure with the plan's own bandwidth stands beside it. Medians over the rounds must agree within 20
+%, no round may be faster than its floor by more than the spread of its probes, and slots and peak memory must be within what
+was foreseen.
 """
 
 from __future__ import annotations
@@ -86,7 +87,7 @@ def measured(folder: Path, memory: int, prefetch: str, asked: argparse.Namespace
 
 
 def record(folder: Path, scratch: Path, asked: argparse.Namespace) -> tuple[Any, float]:
-    """A trace of all tokens after those that are timed, and the share of experts that the next router foresees; both are kept."""
+    """A trace of all tokens after those that are timed, and the share of experts that the next router foresees; kept."""
     from swapless.trace import read_trace, write_trace
 
     out, recall = scratch / "trace.parquet", scratch / "recall.json"
