@@ -25,6 +25,10 @@ import numpy as np
 PROBE_S = 0.3
 """Seconds of reading that each look at the disk takes, before, between and after the timed tokens of Swapless."""
 
+BESIDE_TOKENS = 48
+"""Tokens that are decoded beside reads, where everything is resident."""
+_PLACES = 16
+
 PROBE_EVERY_S = 3.0
 """Seconds of timed tokens between two looks: a shared disk drifts within seconds."""
 
@@ -37,7 +41,7 @@ class Task:
     ``swapless`` (with ``memory_bytes`` or ``resident``, and ``prefetch``). ``warm_up`` tokens are decoded before the clock
     starts. ``rehearsals`` is how often the whole sequence runs before the timed pass, for warm runs. ``aligned`` gives plain
     transformers 64-byte-aligned copies of its weights: the reference for bit identity. ``time_limit_s`` ends warm-up and
-    decoding early, each.
+    decoding early, each. ``beside_reads`` decodes some tokens more in the end, beside reads that nobody waits for.
     """
 
     engine: str
@@ -55,6 +59,7 @@ class Task:
     aligned: bool = False
     time_limit_s: float | None = None
     logits_file: str | None = None
+    beside_reads: bool = False
 
     def argument(self) -> str:
         """The form in which the command line takes it."""
@@ -69,7 +74,8 @@ class Pass:
     warm_up_tokens: int = 0
     token_s: list[float] = field(default_factory=list)
     logits: list[np.ndarray] = field(default_factory=list)
-    probed_bytes_per_s: list[float] = field(default_factory=list)
+    probed_bytes_per_s: list[dict[int, float]] = field(default_factory=list)
+    beside_reads: dict[str, float] | None = None
 
 
 def _load(task: Task) -> Any:
@@ -105,22 +111,54 @@ def _experts_on_disk(folder: str) -> dict[str, str]:
     return {name: "disk" if name.endswith(".experts") else "cpu" for name in leaves if ".experts." not in name}
 
 
-def _bandwidth(model: Any, folder: str) -> float:
-    """Bytes a second of direct reads as large as the engine's, at random places and at the best depth, now."""
+def _bandwidth(model: Any, folder: str) -> dict[int, float]:
+    """Bytes a second of direct reads as large as the engine's, at random places, now, by how many are in flight."""
     from swapless.store.checkpoint import Extent
     from swapless.store.probe import probe
     from swapless.store.read import FileReader
 
     block_bytes = model.swapless.probe.block_bytes
-    files = [file for file in sorted(Path(folder).glob("*.safetensors")) if file.stat().st_size > block_bytes]
+    files = _files(folder, block_bytes)
     rng = np.random.default_rng()
     shards = [files[index] for index in rng.integers(0, len(files), 256)]
     extents = [Extent(file, int(rng.integers(0, file.stat().st_size - block_bytes)), block_bytes) for file in shards]
     reader = FileReader(files)
     try:
-        return max(probe(reader, extents, budget_s=PROBE_S).bytes_per_s.values())
+        return probe(reader, extents, budget_s=PROBE_S).bytes_per_s
     finally:
         reader.close()
+
+
+def _files(folder: str, block_bytes: int) -> list[Path]:
+    return [file for file in sorted(Path(folder).glob("*.safetensors")) if file.stat().st_size > block_bytes]
+
+
+def _beside_reads(model: Any, task: Task, cache: Any) -> dict[str, float]:
+    """What decoding with every expert there and reads for nobody take from each other, as if no token needed what is read."""
+    import torch
+
+    from swapless.plan.traffic import BlocksTraffic, bandwidth, busy
+    from swapless.store.read import aligned_buffer
+
+    block_bytes = model.swapless.budget.expert_bytes
+    traffic = BlocksTraffic(_files(task.folder, block_bytes), block_bytes)
+    places = [aligned_buffer(model.swapless.budget.slot_bytes) for _ in range(_PLACES)]
+    for place in places:
+        place[:] = 0  # memory that was never touched is slow once
+    found: dict[str, float] = {"alone_bytes_per_s": bandwidth(traffic, 1, places, PROBE_S)}
+
+    def fetch(rng: np.random.Generator) -> int:
+        part, place = int(rng.integers(traffic.parts(0, 0))), places[int(rng.integers(len(places)))]
+        return traffic.read_part(0, 0, part, place, traffic.bounce_buffer())
+
+    with busy([fetch], np.random.default_rng(0)) as moved:
+        started = time.perf_counter()
+        for token in task.decode[:BESIDE_TOKENS]:
+            model(input_ids=torch.tensor([[token]]), past_key_values=cache, use_cache=True)
+        spent = time.perf_counter() - started
+        found |= {"token_s": spent / len(task.decode[:BESIDE_TOKENS]), "bytes_per_s": sum(moved) / spent}
+    traffic.close()
+    return found
 
 
 def _run(model: Any, task: Task, *, timed: bool) -> Pass:
@@ -157,6 +195,8 @@ def _run(model: Any, task: Task, *, timed: bool) -> Pass:
                 break
         if probed:
             done.probed_bytes_per_s.append(_bandwidth(model, task.folder))
+        if timed and task.beside_reads:
+            done.beside_reads = _beside_reads(model, task, cache)
     return done
 
 
@@ -188,7 +228,7 @@ def perform(task: Task) -> dict[str, Any]:
     }
     if task.engine == "swapless":
         engine = model.swapless
-        result["probed_bytes_per_s"] = done.probed_bytes_per_s
+        result |= {"probed_bytes_per_s": done.probed_bytes_per_s, "beside_reads": done.beside_reads}
         result |= {"stats": engine.stats().to_dict(), "budget": engine.budget.to_dict(), "probe": engine.probe.to_dict()}
         engine.close()
     return result

@@ -16,7 +16,9 @@ files, in rounds whose order rotates:
   also with reading ahead.
 
 Caps are shares of the Q4_0 file's bytes. The floor of a Swapless run is the larger of its compute (a token of the resident
-runs) and the bytes that it read over the bandwidth probed before, between and after its timed tokens. Both the warm-up and the
+runs) and the bytes that it read over the bandwidth probed before, between and after its timed tokens, at the number of reads
+in flight that was best over all of them. What of that floor can be reached is measured too: after a resident run, tokens are
+decoded while a thread reads blocks that nobody waits for, so that neither ever waits for the other. Both the warm-up and the
 timed tokens end early at ``--time-limit``, for all alike: a peer that needs seconds a token is timed over the few it gets
 done, and whoever is below ``SLOW_TOKENS_PER_S`` in the first round runs in ``--slow-rounds`` rounds; llama.cpp, whom the
 ratios are about, in all. Every run is kept in ``runs.jsonl`` as soon as it is done, so the rounds may be spread over
@@ -178,7 +180,8 @@ class Bench:
             given = Task(engine=who.kind, folder=str(path), **sequence, **who.options)
             given = replace(given, rehearsals=rehearsals, time_limit_s=self.time_limit_s, context=1024)
             if who.kind == "swapless":
-                given = replace(given, memory_bytes=cap - MARGIN_BYTES) if cap is not None else replace(given, resident=1.0)
+                resident = {"resident": 1.0, "beside_reads": True}
+                given = replace(given, **({"memory_bytes": cap - MARGIN_BYTES} if cap is not None else resident))
             script, python, argument = "contestant.py", sys.executable, given.argument()
         command = [python, str(ROOT / "benchmarks" / script), argument]
         done = run_capped(command, cap, timeout_s=TIMEOUT_S, env=os.environ | {"HF_HUB_OFFLINE": "1"})

@@ -36,17 +36,42 @@ def summarise(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
-def _floor_share(runs: list[dict[str, Any]], name: str, answers: list[dict[str, Any]]) -> float | None:
-    """Median of floor over measured time a token; the floor is the larger of compute and bytes over probed bandwidth."""
+def _floor_share(runs: list[dict[str, Any]], name: str, answers: list[dict[str, Any]]) -> dict[str, float]:
+    """Floor over measured time a token: median, and the most that it could be; the floor is the larger of compute and reading.
+
+    The most is a token whose compute and reads go on beside each other from its beginning and never wait for each other: while
+    both do, each is as fast as it was beside the other, and what is left then has the machine to itself.
+    """
     name = name.removesuffix(", reading ahead")
     resident = [run["answer"] for run in runs if run["name"] == name and run["phase"] == "resident" and run["answer"]]
     compute_s = statistics.median(1 / answer["tokens_per_s"] for answer in resident) if resident else 0.0
-    shares = []
+    shares, most = [], []
     for answer in answers:
-        probed = answer["probed_bytes_per_s"]  # none where everything is resident
-        read_s = answer["stats"]["decode_bytes_read"] / answer["tokens"] / statistics.fmean(probed) if probed else 0.0
-        shares.append(max(compute_s, read_s) * answer["tokens_per_s"])
-    return statistics.median(shares)
+        nbytes, rate = answer["stats"]["decode_bytes_read"] / answer["tokens"], _best_rate(answer["probed_bytes_per_s"])
+        floor_s = max(compute_s, nbytes / rate if rate else 0.0)
+        shares.append(floor_s * answer["tokens_per_s"])
+        most += [floor_s / _together_s(nbytes, rate, one["beside_reads"], compute_s) for one in resident if rate]
+    return {"median": statistics.median(shares)} | ({"most": statistics.median(most)} if most else {})
+
+
+def _best_rate(probed: list[dict[str, float]]) -> float | None:
+    """Bandwidth over all probes of a run at the best number of reads in flight; None where none was made.
+
+    The best of each single probe would be its luckiest. Every token reads about the same bytes, so times are averaged.
+    """
+    if not probed:
+        return None
+    return max(statistics.harmonic_mean([one[depth] for one in probed]) for depth in probed[0])
+
+
+def _together_s(nbytes: float, rate: float, beside: dict[str, float], compute_s: float) -> float:
+    """Seconds of a token that needs both and never waits; what each takes from the other is a share, so that rounds compare."""
+    computing_s = max(beside["token_s"], compute_s)
+    reading = rate * min(1.0, beside["bytes_per_s"] / beside["alone_bytes_per_s"])
+    read_s = nbytes / reading
+    if read_s >= computing_s:
+        return computing_s + (nbytes - reading * computing_s) / rate
+    return read_s + (1 - read_s / computing_s) * compute_s
 
 
 def _below_budget(runs: list[dict[str, Any]]) -> bool:
@@ -83,7 +108,7 @@ def show(rows: list[dict[str, Any]], found: list[dict[str, Any]], sizes: dict[st
     for artefact, parts in sizes.items():
         said = ", ".join(f"{part} {nbytes / 1e6:.0f} MB" for part, nbytes in parts.items())
         CONSOLE.print(f"{artefact}: {said}", markup=False)
-    table = Table("phase", "contestant", "tok/s", "min-max", "hit rate", "MB a token", "of its floor", "peak MB")
+    table = Table("phase", "contestant", "tok/s", "min-max", "hit rate", "MB a token", "of its floor, of the most", "peak MB")
     for row in rows:
         speed = row.get("tokens_per_s")
         table.add_row(
@@ -93,7 +118,7 @@ def show(rows: list[dict[str, Any]], found: list[dict[str, Any]], sizes: dict[st
             f"{speed['min']:.2f}-{speed['max']:.2f}" if speed else "",
             f"{row['hit_rate']:.3f}" if "hit_rate" in row else "",
             f"{row['bytes_a_token'] / 1e6:.1f}" if "bytes_a_token" in row else "",
-            f"{row['floor_share']:.2f}" if row.get("floor_share") is not None else "",
+            " of ".join(f"{share:.2f}" for share in (row.get("floor_share") or {}).values()),
             f"{row['peak_bytes'] / 1e6:.0f}",
         )
     CONSOLE.print(table)

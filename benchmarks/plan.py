@@ -27,7 +27,6 @@ import shutil
 import statistics
 import subprocess
 import sys
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -152,7 +151,7 @@ def compared(planner: Planner, rows: list[Any], run: dict[str, Any]) -> dict[str
         "expected_tokens_per_s": 1 / statistics.fmean(found.token_s for found in speeds),
         "expected_with_own_probe": 1 / statistics.fmean(row.speed.token_s for row in rows),
         "expected_with_its_hits": 1 / statistics.fmean(planner.with_bandwidth(row, run, hits=True).token_s for row in rows),
-        "expectations": [asdict(row.expected) for row in rows],
+        "expectations": [row.expected.to_dict() for row in rows],
         "floor_tokens_per_s": 1 / floor_s,
         "floor_beaten": run["tokens_per_s"] * floor_s > spread,
         "expected_hit_rate": before.hit_rate,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,16 @@ def test_less_memory_is_fewer_slots_and_fewer_hits_and_what_is_missing_is_read_a
     for row in found.set_ups:
         assert row.budget is None or row.speed.token_s >= row.speed.floor_s > 0
         assert row.budget is None or row.budget.total_bytes == tight
+
+
+def test_what_a_plan_followed_from_can_be_kept(opened: Any, roomy: Any) -> None:
+    found = planned(opened, roomy.set_ups[0].needs_bytes + 5 * MIB, precisions=[(16, 16)]).set_ups
+    kept = [json.loads(json.dumps(row.expected.to_dict())) for row in found]
+    assert [one["prefetch"] for one in kept] == [None, "gate"]
+    for row, one in zip(found, kept, strict=True):
+        assert one["rehearsal"]["token_s"] > 0 and sum(one["hits"]["misses"]) == pytest.approx(1)
+        assert row.speed == row.expected.speed()
+        assert row.expected.speed(bytes_per_s=1e3).token_s > row.speed.token_s
 
 
 def test_where_slots_are_few_none_is_set_aside_for_reading_ahead(opened: Any, roomy: Any) -> None:

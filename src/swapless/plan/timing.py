@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -46,6 +47,11 @@ class Expectation:
     recall: float
     rehearsal: Rehearsal | None
     without: Rehearsal | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        found = asdict(self) | {"hits": self.hits._asdict()}
+        return dict(json.loads(json.dumps(found, default=np.ndarray.tolist)))
 
     def speed(self, bytes_per_s: float | None = None, misses: np.ndarray | None = None) -> Speed:
         """What that comes to, where wanted with a bandwidth or misses (float64 (K + 1,)) other than the expected ones."""
