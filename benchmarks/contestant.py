@@ -137,7 +137,7 @@ def _beside_reads(model: Any, task: Task, cache: Any) -> dict[str, float]:
     """What decoding with every expert there and reads for nobody take from each other, as if no token needed what is read."""
     import torch
 
-    from swapless.plan.traffic import BlocksTraffic, bandwidth, busy
+    from swapless.plan.traffic import BlocksTraffic, bandwidth, busy, fetcher
     from swapless.store.read import aligned_buffer
 
     block_bytes = model.swapless.budget.expert_bytes
@@ -146,12 +146,7 @@ def _beside_reads(model: Any, task: Task, cache: Any) -> dict[str, float]:
     for place in places:
         place[:] = 0  # memory that was never touched is slow once
     found: dict[str, float] = {"alone_bytes_per_s": bandwidth(traffic, 1, places, PROBE_S)}
-
-    def fetch(rng: np.random.Generator) -> int:
-        part, place = int(rng.integers(traffic.parts(0, 0))), places[int(rng.integers(len(places)))]
-        return traffic.read_part(0, 0, part, place, traffic.bounce_buffer())
-
-    with busy([fetch], np.random.default_rng(0)) as moved:
+    with busy([fetcher(traffic, places)], np.random.default_rng(0)) as moved:
         started = time.perf_counter()
         for token in task.decode[:BESIDE_TOKENS]:
             model(input_ids=torch.tensor([[token]]), past_key_values=cache, use_cache=True)

@@ -57,11 +57,12 @@ def _floor_share(runs: list[dict[str, Any]], name: str, answers: list[dict[str, 
 def _best_rate(probed: list[dict[str, float]]) -> float | None:
     """Bandwidth over all probes of a run at the best number of reads in flight; None where none was made.
 
-    The best of each single probe would be its luckiest. Every token reads about the same bytes, so times are averaged.
+    The best of each single probe would be its luckiest. Probes are so many seconds apart, not so many tokens, so rates are
+    averaged and not times: what a reader that never rests gets out of a disk that drifts.
     """
     if not probed:
         return None
-    return max(statistics.harmonic_mean([one[depth] for one in probed]) for depth in probed[0])
+    return max(statistics.fmean(one[depth] for one in probed) for depth in probed[0])
 
 
 def _together_s(nbytes: float, rate: float, beside: dict[str, float], compute_s: float) -> float:

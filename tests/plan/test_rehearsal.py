@@ -69,12 +69,12 @@ def test_misses_are_drawn_as_often_as_they_are_expected() -> None:
 
 
 @pytest.mark.parametrize("bits", [16, 8, 4])
-def test_as_many_experts_are_missed_as_asked(bits: int, hollow: HollowRun, module: Any, opened: Any) -> None:
+def test_as_many_experts_are_missed_as_asked(bits: int, hollow: HollowRun, opened: Any) -> None:
     form = opened if bits == 16 else as_packed(opened, bits, 16)
     one, before = np.array([0.0, 1.0, *[0.0] * (hollow.top_k - 1)]), threading.active_count()
     with ColdExperts(form) as cold, hollow.computing(linear_products(opened, hollow.step(2).linears)):
         traffic, own = traffic_of(form, opened), dict(hollow._engine._fetcher.counts)
-        found = rehearse(hollow, cold, module, traffic, 2, one)
+        found = rehearse(hollow, cold, traffic, 2, one)
         assert hollow._engine._fetcher.counts == own, "the engine goes back to its own fetcher, which has read nothing"
     assert 0 < found.token_s < 10 and found.bytes_per_s > 0
     assert found.misses == pytest.approx(one)
@@ -85,31 +85,31 @@ def test_as_many_experts_are_missed_as_asked(bits: int, hollow: HollowRun, modul
     assert traffic.closed and threading.active_count() == before
 
 
-def test_ahead_is_read_what_is_foreseen_and_some_in_vain(hollow: HollowRun, module: Any, opened: Any) -> None:
+def test_ahead_is_read_what_is_foreseen_and_some_in_vain(hollow: HollowRun, opened: Any) -> None:
     misses = np.zeros(hollow.top_k + 1)
     misses[2] = 1
     read: dict[float, set[int]] = {}
     for recall in (1.0, 0.0):
         traffic = traffic_of(opened, opened)
         with ColdExperts(opened) as cold:
-            rehearse(hollow, cold, module, traffic, 1, misses, ahead=True, recall=recall)
+            rehearse(hollow, cold, traffic, 1, misses, ahead=True, recall=recall)
         read[recall] = {expert for moe_layer, expert in traffic.read if moe_layer}
     assert max(read[1.0]) < hollow.top_k
     assert max(read[0.0]) >= hollow.top_k, "wrong ones are read in vain"
 
 
-def test_nothing_missing_reads_nothing(hollow: HollowRun, module: Any, opened: Any) -> None:
+def test_nothing_missing_reads_nothing(hollow: HollowRun, opened: Any) -> None:
     all_here, traffic = np.eye(hollow.top_k + 1)[0], traffic_of(opened, opened)
     before = hollow._engine.stats().decode_reads
     with ColdExperts(opened) as cold:
-        rehearse(hollow, cold, module, traffic, 1, all_here)
+        rehearse(hollow, cold, traffic, 1, all_here)
     assert hollow._engine.stats().decode_reads == before
 
 
 def test_a_block_lies_elsewhere_whenever_it_was_computed(module: Any, opened: Any) -> None:
     hidden = torch.zeros(1, opened.config.hidden_size, dtype=opened.layout.dtype)
     with ColdExperts(opened) as cold:
-        places = Places(cold, module, cold.pool.slots + 5)
+        places = Places(cold, cold.pool.slots + 5)
         first = places.bytes_of(3).ctypes.data
         assert places.bytes_of(3).ctypes.data == first, "not before"
         assert len(places.compute(module, 0, [3, 4], [hidden, hidden])) == 2

@@ -14,7 +14,7 @@ import pytest
 
 from swapless import embedded
 from swapless.errors import ReadError
-from swapless.plan.traffic import BlocksTraffic, StoreTraffic, bandwidth, busy
+from swapless.plan.traffic import BlocksTraffic, StoreTraffic, bandwidth, busy, fetcher
 from swapless.runtime.open import open_checkpoint
 from swapless.runtime.parts import open_store
 from swapless.runtime.pool import slot_bytes
@@ -34,12 +34,8 @@ def until_moved(moved: list[int], reads: int) -> None:
 
 @contextmanager
 def reading(traffic: Any, threads: int, slot_bytes: int) -> Iterator[list[int]]:
-    slot, bounce = aligned_buffer(slot_bytes), traffic.bounce_buffer()
-
-    def fetch(rng: np.random.Generator) -> int:
-        return int(traffic.read_part(0, 0, int(rng.integers(traffic.parts(0, 0))), slot, bounce))
-
-    with closing(traffic), busy([fetch] * threads, np.random.default_rng(0)) as moved:
+    places = [aligned_buffer(slot_bytes)]
+    with closing(traffic), busy([fetcher(traffic, places) for _ in range(threads)], np.random.default_rng(0)) as moved:
         yield moved
 
 

@@ -43,15 +43,13 @@ class Places:
     ----------
     cold : ColdExperts
         Slots and how experts in them are computed.
-    module : torch.nn.Module
-        An experts module.
     blocks : int
         How many there seem to be.
     """
 
-    def __init__(self, cold: ColdExperts, module: Any, blocks: int) -> None:
+    def __init__(self, cold: ColdExperts, blocks: int) -> None:
         self.slots = blocks
-        self._cold, self._module = cold, module
+        self._cold = cold
         self._turn = itertools.cycle(range(cold.pool.slots))
         self._place = list(itertools.islice(self._turn, blocks))
 
@@ -64,7 +62,7 @@ class Places:
         places = [self._place[block] for block in blocks]
         for block in blocks:
             self._place[block] = next(self._turn)
-        return self._cold.compute(self._module, 0, places, hidden)
+        return self._cold.compute(module, 0, places, hidden)
 
     def close(self) -> None:
         """The slots are their owner's."""
@@ -103,7 +101,6 @@ class Foresight:
 def rehearse(
     hollow: HollowRun,
     cold: ColdExperts,
-    module: Any,
     traffic: Traffic,
     threads: int,
     misses: np.ndarray,
@@ -119,8 +116,6 @@ def rehearse(
         The model; its linear layers compute what they were told to.
     cold : ColdExperts
         Experts of the set-up's precision.
-    module : torch.nn.Module
-        An experts module of the model, for gate and activation.
     traffic : Traffic
         Reads of that precision.
     threads : int
@@ -149,7 +144,7 @@ def rehearse(
     def probe() -> None:
         probed.append(bandwidth(traffic, threads, places, _PROBE_S))
 
-    with hollow.reading(Places(cold, module, blocks), traffic, threads, foresight) as step:
+    with hollow.reading(Places(cold, blocks), traffic, threads, foresight) as step:
         for missing in first:
             step(missing, rng)
         probe()

@@ -136,7 +136,6 @@ class Timing:
         return rehearse(
             self._hollow,
             cold,
-            self._module,
             traffic,
             self._reads.threads(form),
             hits.misses,

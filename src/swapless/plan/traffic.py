@@ -113,19 +113,20 @@ class StoreTraffic:
         self._store.close()
 
 
+def fetcher(traffic: Traffic, places: Sequence[np.ndarray]) -> Fetch:
+    """Reads of one thread, which have a bounce buffer of their own, into any of ``places``."""
+    bounce = traffic.bounce_buffer()
+
+    def fetch(rng: np.random.Generator) -> int:
+        part, place = int(rng.integers(traffic.parts(0, 0))), places[int(rng.integers(len(places)))]
+        return traffic.read_part(0, 0, part, place, bounce)
+
+    return fetch
+
+
 def bandwidth(traffic: Traffic, threads: int, places: Sequence[np.ndarray], seconds: float) -> float:
     """Bytes a second that so many threads get out of ``traffic`` into ``places``, copies included, beside nothing else."""
-
-    def fetcher() -> Fetch:
-        bounce = traffic.bounce_buffer()
-
-        def fetch(rng: np.random.Generator) -> int:
-            part, place = int(rng.integers(traffic.parts(0, 0))), places[int(rng.integers(len(places)))]
-            return traffic.read_part(0, 0, part, place, bounce)
-
-        return fetch
-
-    with busy([fetcher() for _ in range(threads)], np.random.default_rng(0)) as moved:
+    with busy([fetcher(traffic, places) for _ in range(threads)], np.random.default_rng(0)) as moved:
         begun = time.perf_counter()
         while time.perf_counter() - begun < seconds or not moved:
             time.sleep(seconds / 8)
