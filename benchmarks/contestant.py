@@ -16,6 +16,7 @@ import shutil
 import sys
 import tempfile
 import time
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -141,19 +142,19 @@ def _beside_reads(model: Any, task: Task, cache: Any) -> dict[str, float]:
     from swapless.store.read import aligned_buffer
 
     block_bytes = model.swapless.budget.expert_bytes
-    traffic = BlocksTraffic(_files(task.folder, block_bytes), block_bytes)
     places = [aligned_buffer(model.swapless.budget.slot_bytes) for _ in range(_PLACES)]
     for place in places:
         place[:] = 0  # memory that was never touched is slow once
-    found: dict[str, float] = {"alone_bytes_per_s": bandwidth(traffic, 1, places, PROBE_S)}
-    with busy([fetcher(traffic, places)], np.random.default_rng(0)) as moved:
-        started = time.perf_counter()
-        for token in task.decode[:BESIDE_TOKENS]:
-            model(input_ids=torch.tensor([[token]]), past_key_values=cache, use_cache=True)
-        spent = time.perf_counter() - started
-        found |= {"token_s": spent / len(task.decode[:BESIDE_TOKENS]), "bytes_per_s": sum(moved) / spent}
-    traffic.close()
-    return found
+    tokens = task.decode[:BESIDE_TOKENS]
+    with closing(BlocksTraffic(_files(task.folder, block_bytes), block_bytes)) as traffic:
+        alone = bandwidth(traffic, 1, places, PROBE_S)
+        with busy([fetcher(traffic, places)], np.random.default_rng(0)) as moved:
+            started = time.perf_counter()
+            for token in tokens:
+                model(input_ids=torch.tensor([[token]]), past_key_values=cache, use_cache=True)
+            spent = time.perf_counter() - started
+            read = sum(moved)
+    return {"alone_bytes_per_s": alone, "token_s": spent / len(tokens), "bytes_per_s": read / spent}
 
 
 def _run(model: Any, task: Task, *, timed: bool) -> Pass:

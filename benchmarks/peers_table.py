@@ -119,7 +119,7 @@ def show(rows: list[dict[str, Any]], found: list[dict[str, Any]], sizes: dict[st
             f"{speed['min']:.2f}-{speed['max']:.2f}" if speed else "",
             f"{row['hit_rate']:.3f}" if "hit_rate" in row else "",
             f"{row['bytes_a_token'] / 1e6:.1f}" if "bytes_a_token" in row else "",
-            " of ".join(f"{share:.2f}" for share in (row.get("floor_share") or {}).values()),
+            " of ".join(f"{share:.2f}" for share in row.get("floor_share", {}).values()),
             f"{row['peak_bytes'] / 1e6:.0f}",
         )
     CONSOLE.print(table)

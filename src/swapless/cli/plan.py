@@ -11,6 +11,7 @@ import typer
 from swapless.cache import DEFAULT_POLICY
 from swapless.cli import _options as options
 from swapless.cli.out import Out
+from swapless.plan.speed import GATE_RECALL
 from swapless.units import format_size
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ def plan(
     recall: Annotated[
         float,
         typer.Option(metavar="SHARE", help="Of the next layer's experts, foreseen by its router, as a run's figures say."),
-    ] = 0.8,
+    ] = GATE_RECALL,
     context: options.Context = None,
     policy: options.Policy = DEFAULT_POLICY,
     threads: options.Threads = None,
