@@ -11,8 +11,9 @@ import torch
 from numba import njit
 from numba.core.registry import cpu_target
 
-from swapless.runtime.kernels import RowProduct, as_inputs, gated_product, product
+from swapless.runtime.kernels import as_inputs, gated_product, product
 from swapless.runtime.kernels_code import BYTE_PRODUCTS, byte_product_of
+from swapless.runtime.kernels_row import GatedRowProduct, RowProduct
 from swapless.runtime.kernels_threads import openmp, run_on_all
 from swapless.runtime.kernels_vector import ROUNDED_BLOCK_BYTES, block_product, rounding
 from swapless.store.matrix import MatrixLayout
@@ -69,6 +70,19 @@ def test_one_prepared_row_is_the_same_bit_for_bit(bits: int, group: int, rows: i
         given, x = matrix(rows, columns, bits, group, seed), tokens(1, columns, seed).to(torch.bfloat16)
         expected = product(given.layout, [given.address], as_inputs([x], given.layout))
         assert torch.equal(prepared(given.address, x), expected)
+
+
+@pytest.mark.parametrize(("bits", "group"), PRECISIONS)
+@pytest.mark.parametrize("inner", [100, 128])
+def test_prepared_experts_are_the_same_bit_for_bit(bits: int, group: int, inner: int) -> None:
+    prepared = GatedRowProduct(matrix(inner, 80, bits, group).layout, matrix(60, inner, bits, group).layout, "silu")
+    for count in (1, 3, 2, 3):  # a number of experts seen before finds what the last call left behind
+        gates, ups = ([matrix(inner, 80, bits, group, s + count + i) for i in range(count)] for s in (0, 10))
+        downs, x = [matrix(60, inner, bits, group, 20 + count + i) for i in range(count)], tokens(1, 80, count).bfloat16()
+        addresses = [[m.address for m in part] for part in (gates, ups, downs)]
+        given = as_inputs([x] * count, gates[0].layout)
+        expected = gated_product(gates[0].layout, *addresses[:2], downs[0].layout, addresses[2], given, "silu")
+        assert torch.equal(prepared(*map(np.array, addresses), x), expected)
 
 
 @pytest.mark.parametrize("bits,group", PRECISIONS)

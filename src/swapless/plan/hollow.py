@@ -146,7 +146,8 @@ class HollowRun:
         for moe_layer, (_, experts) in enumerate(experts_of(model)):
             experts.swapless_moe_layer = moe_layer  # type: ignore[assignment]
         self._route_to(self._engine)
-        StepHooks(self._engine, _MOST_TOKENS).attach(model)
+        self._hooks = StepHooks(self._engine, _MOST_TOKENS, rounded=opened.rounded)
+        self._hooks.attach(model)
 
     def __enter__(self) -> HollowRun:
         self._forward(_PROMPT_TOKENS)  # which shows the routers
@@ -164,9 +165,10 @@ class HollowRun:
         self._counting = False
         return HollowStep(seconds, dict(self._called))
 
-    def attend_as(self, form: OpenCheckpoint) -> None:
-        """From now on, the attention that a load of ``form`` takes."""
+    def compute_as(self, form: OpenCheckpoint) -> None:
+        """From now on, the attention and torch's products as in a load of ``form``."""
         group_heads(self._model, form.rounded)
+        self._hooks.rounded = form.rounded
 
     def steps_s(self, steps: int = 12) -> Times:
         """Seconds of a step whose experts answer zero; within :meth:`computing`, its linear layers do not."""

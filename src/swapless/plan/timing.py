@@ -93,7 +93,7 @@ class Timing:
         hollow, dense_bits = self._hollow, form.bits[1]
         if dense_bits not in self._linears:
             self._linears[dense_bits] = linear_products(form, self._called)
-        hollow.attend_as(form)
+        hollow.compute_as(form)
         found: dict[str | None, Expectation] = {}
         with ColdExperts(form) as cold:
             costs = self._costs(form, cold)

@@ -6,7 +6,7 @@ added to the output. Which expert is computed when is free; the additions must c
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -36,8 +36,8 @@ class Routed(Protocol):
         """Hidden states of the expert's tokens, (N, D)."""
         ...
 
-    def add(self, out_TD: torch.Tensor, y_ND: torch.Tensor, expert: int) -> None:
-        """Add the expert's output, times its gate weights, to the rows of ``out_TD`` that it belongs to."""
+    def add(self, out_TD: torch.Tensor, outputs: Mapping[int, torch.Tensor]) -> None:
+        """Add experts' outputs (N, D), times their gate weights, to the rows of ``out_TD`` they belong to, by ascending id."""
         ...
 
 
@@ -57,13 +57,19 @@ class _OneToken:
         # A product on less aligned memory differs in the last bits from the freshly gathered row that eager uses.
         aligned = hidden_TD.is_contiguous() and hidden_TD.data_ptr() % _ALIGNMENT == 0
         self._hidden_TD = hidden_TD if aligned else hidden_TD.clone(memory_format=torch.contiguous_format)
-        self._weights = dict(zip(experts, weights_TK.split(1, dim=1), strict=True))
+        self._place = {expert: place for place, expert in enumerate(experts)}
+        self._weights_K1 = weights_TK.view(-1, 1)
 
     def gather(self, expert: int) -> torch.Tensor:
         return self._hidden_TD
 
-    def add(self, out_TD: torch.Tensor, y_ND: torch.Tensor, expert: int) -> None:
-        out_TD.add_((y_ND * self._weights[expert]).to(out_TD.dtype))
+    def add(self, out_TD: torch.Tensor, outputs: Mapping[int, torch.Tensor]) -> None:
+        experts = sorted(outputs)
+        y_ND = torch.cat([outputs[expert] for expert in experts])
+        places = torch.from_numpy(np.array([self._place[expert] for expert in experts]))
+        weighted = y_ND * self._weights_K1.index_select(0, places)
+        for row in weighted.to(out_TD.dtype).split(1):
+            out_TD.add_(row)
 
 
 class _ManyTokens:
@@ -84,10 +90,11 @@ class _ManyTokens:
     def gather(self, expert: int) -> torch.Tensor:
         return self._hidden_TD[self._rows[expert][0]]
 
-    def add(self, out_TD: torch.Tensor, y_ND: torch.Tensor, expert: int) -> None:
-        token, place = self._rows[expert]
-        weighted = y_ND * self._weights_TK[token, place, None]
-        out_TD.index_add_(0, token, weighted.to(out_TD.dtype))
+    def add(self, out_TD: torch.Tensor, outputs: Mapping[int, torch.Tensor]) -> None:
+        for expert in sorted(outputs):
+            token, place = self._rows[expert]
+            weighted = outputs[expert] * self._weights_TK[token, place, None]
+            out_TD.index_add_(0, token, weighted.to(out_TD.dtype))
 
 
 def accumulator(module: Any, hidden_TD: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:

@@ -240,8 +240,7 @@ class Engine:
                     self._fetcher.settle(read, slot_of[read.expert])
                 coming -= len(landed)
                 compute([read.expert for read in landed])
-        for expert in sorted(outputs):
-            tokens.add(out_TD, outputs[expert], expert)
+        tokens.add(out_TD, outputs)
         return out_TD
 
     def _prefill(self, module: Any, moe_layer: int, served: Served, tokens: Routed, out_TD: torch.Tensor) -> torch.Tensor:
@@ -273,7 +272,7 @@ class Engine:
                     self._fetcher.settle(read, slot_of[read.expert])
             block = streamed[expert] if expert in streamed else self._fetcher.block(slot_of[expert])
             (y_ND,) = self._experts(module, moe_layer, [block], [tokens.gather(expert)])
-            tokens.add(out_TD, y_ND, expert)
+            tokens.add(out_TD, {expert: y_ND})
             if expert in streamed:
                 self._fetcher.free_staging.append(block)
                 read_ahead()

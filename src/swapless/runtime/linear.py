@@ -7,7 +7,8 @@ from typing import Any, cast
 
 import torch
 
-from swapless.runtime.kernels import RowProduct, as_inputs, product
+from swapless.runtime.kernels import as_inputs, product
+from swapless.runtime.kernels_row import RowProduct
 from swapless.store.matrix import MatrixLayout
 from swapless.store.quantize import dequantize
 

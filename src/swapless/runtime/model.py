@@ -169,7 +169,7 @@ def load(
     for moe_layer, (_, module) in enumerate(experts_of(model)):
         module.swapless_engine = engine  # type: ignore[assignment]
         module.swapless_moe_layer = moe_layer  # type: ignore[assignment]
-    StepHooks(engine, context_tokens).attach(model)
+    StepHooks(engine, context_tokens, rounded=opened.rounded).attach(model)
     model.swapless = engine  # type: ignore[assignment]
     report("ready", 1.0)
     return model

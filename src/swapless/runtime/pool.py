@@ -27,12 +27,18 @@ class SlotPool:
         self.slots = slots
         self._layers = list(moe_layers)
         self._slab: np.ndarray | None = aligned_buffer(self.slot_bytes * slots)
+        self._address = self._slab.ctypes.data
         self._views: dict[tuple[int, int], dict[str, torch.Tensor]] = {}
 
     def bytes_of(self, slot: int) -> np.ndarray:
         """The slot's memory, uint8 (slot_bytes,): a view that lives as long as the pool."""
         assert self._slab is not None, "the pool is closed"
         return self._slab[slot * self.slot_bytes : (slot + 1) * self.slot_bytes]
+
+    def addresses(self, slots: Sequence[int]) -> np.ndarray:
+        """Where the memory of each of ``slots`` begins, int64, at multiples of a page."""
+        assert self._slab is not None, "the pool is closed"
+        return np.array(slots, np.int64) * self.slot_bytes + self._address
 
     def parameters(self, moe_layer: int, slot: int) -> dict[str, torch.Tensor]:
         """The slot seen as the parameters of an expert of ``moe_layer``: views, made once and kept."""

@@ -14,6 +14,7 @@ import torch
 from swapless.runtime.door import common_gate
 from swapless.runtime.door.packed import BLOCK
 from swapless.runtime.kernels import as_inputs, gated_product, product
+from swapless.runtime.kernels_row import GatedRowProduct
 from swapless.runtime.pool import SlotPool
 from swapless.store.matrix import MatrixLayout
 from swapless.store.packed import Manifest, Piece
@@ -58,7 +59,8 @@ class QuantizedExperts:
 
     def __init__(self, pool: SlotPool, manifest: Manifest) -> None:
         self._pool = pool
-        self._layers = []
+        self._layers: list[_Layer] = []
+        self._prepared: dict[tuple[MatrixLayout, MatrixLayout, str], GatedRowProduct] = {}
         for layer in manifest.moe_layers:
             matrices = [
                 (piece.name, _Matrix(manifest.layout(piece), piece.offset)) for piece in layer.pieces if piece.bits < 16
@@ -73,8 +75,12 @@ class QuantizedExperts:
         """Outputs (N, D) of the experts in ``blocks`` of the pool for their gathered tokens (N, D), before the gate weights."""
         if not blocks:
             return []
-        held = [self._pool.parameters(moe_layer, block)[BLOCK] for block in blocks]
         layer = self._layers[moe_layer]
+        if len(hidden[0]) == 1 and all(part is hidden[0] for part in hidden):
+            activation = _fused(module, layer)
+            if activation is not None:
+                return self._one_token(module, layer, activation, blocks, hidden[0])
+        held = [self._pool.parameters(moe_layer, block)[BLOCK] for block in blocks]
         if sum(map(len, hidden)) <= MOST_TOKENS:
             return _together(module, layer, held, hidden)
         parts: list[list[torch.Tensor]] = [[] for _ in hidden]
@@ -82,6 +88,24 @@ class QuantizedExperts:
             for place, result in zip(places, _together(module, layer, [held[i] for i in places], tokens), strict=True):
                 parts[place].append(result)
         return [torch.cat(results) if len(results) > 1 else results[0] for results in parts]
+
+    def _one_token(
+        self, module: Any, layer: _Layer, activation: str, blocks: Sequence[int], token: torch.Tensor
+    ) -> list[torch.Tensor]:
+        """What a decode step of one text needs, with all that takes no looking at prepared."""
+        (gate, up), out = layer.into, layer.out
+        kind = gate.layout, out.layout, activation
+        if kind not in self._prepared:
+            self._prepared[kind] = GatedRowProduct(*kind)
+        first = self._pool.addresses(blocks)
+        y = self._prepared[kind](first + gate.offset, first + up.offset, first + out.offset, token).to(token.dtype)
+        norm = module.post_expert_norm if getattr(module, "has_post_expert_norm", False) else None
+        return [part if norm is None else norm(part) for part in y.split(1)]
+
+
+def _fused(module: Any, layer: _Layer) -> str | None:
+    """Name of the activation where gate, up, activation and down are one call, else None."""
+    return common_gate(module) if len(layer.into) == 2 else None
 
 
 def _portions(hidden: Sequence[torch.Tensor]) -> Iterator[tuple[list[int], list[torch.Tensor]]]:
@@ -107,7 +131,7 @@ def _together(module: Any, layer: _Layer, blocks: Sequence[torch.Tensor], hidden
         return [base + matrix.offset for base in bases]
 
     given = as_inputs(hidden, layer.into[0].layout)
-    activation = common_gate(module) if len(layer.into) == 2 else None
+    activation = _fused(module, layer)
     out = layer.out
     if activation is not None:
         gate, up = layer.into

@@ -13,6 +13,7 @@ from swapless.errors import ContextError, UnsupportedOperationError, message
 from swapless.notation import Phase
 from swapless.runtime.engine import Engine
 from swapless.runtime.routing import Step
+from swapless.runtime.rows import SingleRows
 
 
 class StepHooks:
@@ -26,11 +27,20 @@ class StepHooks:
         What is told.
     context_tokens : int
         Most tokens a sequence may have, prompt and generated ones.
+    rounded : bool
+        Whether the model's weights are, so that a step of a single row need not keep the last bit of torch's products.
+
+    Attributes
+    ----------
+    rounded : bool
+        As above; may be changed between steps.
     """
 
-    def __init__(self, engine: Engine, context_tokens: int) -> None:
+    def __init__(self, engine: Engine, context_tokens: int, *, rounded: bool) -> None:
         self._engine = engine
         self._context_tokens = context_tokens
+        self.rounded = rounded
+        self._single_rows = SingleRows()
         self._first_document = 0
         self._length = np.zeros(0, np.int32)
 
@@ -39,6 +49,7 @@ class StepHooks:
         self._signature = inspect.signature(type(model).forward)
         model.register_forward_pre_hook(self._before, with_kwargs=True)
         model.register_forward_hook(self._after, with_kwargs=True)
+        model.register_forward_hook(self._over, always_call=True)
 
     def _before(self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if callable(get_eval_frame_callback()):  # torch.compile leaves out what it cannot trace, and never says that it did
@@ -76,6 +87,11 @@ class StepHooks:
         document = np.repeat(np.arange(batch, dtype=np.int32) + self._first_document, length)
         token_id = None if ids is None else ids.reshape(-1).numpy().astype(np.int32)
         self._engine.begin_step(Step(phase, document, position.reshape(-1).astype(np.int32), valid.reshape(-1), token_id))
+        if self.rounded and phase is Phase.DECODE and batch == 1:
+            self._single_rows.begin()
 
     def _after(self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         self._engine.end_step()
+
+    def _over(self, *_: Any) -> None:
+        self._single_rows.end()
