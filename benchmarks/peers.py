@@ -12,8 +12,8 @@ files, in rounds whose order rotates:
   comes, under a cap with weight repacking on and off, of which the faster counts;
 - transformers on the fused layout, memory-mapped, ``eager`` and ``grouped_mm``, of which the faster counts;
 - accelerate, experts on disk, reading the same fused files;
-- Swapless in bf16 on the fused layout, and packed in 8 and 4 bits, with other weights as they are and in 8 bits, the latter
-  also with reading ahead.
+- Swapless in bf16 on the fused layout, and packed in 8 and 4 bits, with other weights as they are, in 8 and, beside
+  experts in 4, in 4 bits, the latter two also with reading ahead.
 
 Caps are shares of the Q4_0 file's bytes. The floor of a Swapless run is the larger of its compute (a token of the resident
 runs) and the bytes that it read over the bandwidth probed before, between and after its timed tokens, at the number of reads
@@ -97,11 +97,11 @@ def _llama(kind: str) -> list[Contestant]:
     ]
 
 
-def _packed(bits: int) -> list[Contestant]:
+def _packed(bits: int, dense_bits: int) -> list[Contestant]:
+    name, artefact = f"swapless int{bits}, others int{dense_bits}", f"int{bits}-dense{dense_bits}"
     return [
-        Contestant(f"swapless int{bits}", "swapless", f"int{bits}", {}),
-        Contestant(f"swapless int{bits}, others int8", "swapless", f"int{bits}-dense8", {}),
-        Contestant(f"swapless int{bits}, others int8, {AHEAD}", "swapless", f"int{bits}-dense8", {"prefetch": "gate"}),
+        Contestant(name, "swapless", artefact, {}),
+        Contestant(f"{name}, {AHEAD}", "swapless", artefact, {"prefetch": "gate"}),
     ]
 
 
@@ -114,11 +114,13 @@ GROUPS = (
             Contestant("transformers grouped_mm", "plain", "fused", {"implementation": "grouped_mm"}),
             Contestant("accelerate disk", "accelerate", "fused", {"implementation": "eager"}),
             Contestant("swapless bf16", "swapless", "fused", {}),
-            *_packed(4),
+            *_packed(4, 8),
+            *_packed(4, 4),
         ),
     ),
-    Group("8 bits", (*_llama("Q8_0"), *_packed(8)[1:])),
-    Group("8 bits, others bf16", tuple(_packed(8)[:1])),
+    Group("4 bits, others bf16", (Contestant("swapless int4", "swapless", "int4", {}),)),
+    Group("8 bits", (*_llama("Q8_0"), *_packed(8, 8))),
+    Group("8 bits, others bf16", (Contestant("swapless int8", "swapless", "int8", {}),)),
 )
 
 
@@ -155,7 +157,7 @@ class Bench:
             return json.loads(done.stdout)
         if artefact != "fused":
             bits = int(artefact.removeprefix("int").split("-")[0])
-            pack(source, path, bits=bits, dense_bits=8 if artefact.endswith("dense8") else 16)
+            pack(source, path, bits=bits, dense_bits=int(artefact.partition("-dense")[2] or 16))
             manifest = read_manifest(path)
             experts = sum(layer.num_experts * layer.block_bytes for layer in manifest.moe_layers)
             return {"experts": experts, "others": int(manifest.files["model.safetensors"]["bytes"])}

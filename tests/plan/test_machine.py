@@ -25,7 +25,7 @@ def test_identity_has_no_name_of_the_machine() -> None:
 
 
 @pytest.mark.parametrize(
-    "damage", ["not JSON", "[]", '{"format_version": 0}', '{"format_version": 1}', '{"format_version": 2, "reads": [1]}']
+    "damage", ["not JSON", "[]", '{"format_version": 0}', '{"format_version": 2}', '{"format_version": 3, "reads": [1]}']
 )
 def test_a_damaged_file_is_as_none(damage: str, kept_machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from swapless.plan.machine import _read
@@ -52,7 +52,7 @@ def test_measured_kept_and_measured_anew(tmp_path: Path) -> None:
     first = machine(folder=tmp_path)
     assert first.identity == identity() and first.base_bytes > 100 << 20
     assert all(rate > 1e7 for rate in first.weights_per_s.values())
-    assert set(first.weights_per_s) == {"bf16", "int8", "expert bf16", "expert int8", "expert int4"}
+    assert set(first.weights_per_s) == {"bf16", "int8", "int4", "expert bf16", "expert int8", "expert int4"}
     assert [file.name for file in tmp_path.iterdir()] == ["machine.json"], "nothing is left beside it"
     assert machine(folder=tmp_path) == first
     document = json.loads((tmp_path / "machine.json").read_text())

@@ -12,7 +12,7 @@ import swapless
 from swapless.errors import BudgetError, UsageError
 from swapless.plan.commands import commands
 from swapless.plan.hits import CurveHits
-from swapless.plan.planner import _TENSOR_BYTES, plan
+from swapless.plan.planner import _TENSOR_BYTES, PRECISIONS, plan
 from swapless.plan.precision import as_packed, disk_bytes
 from swapless.plan.trial import example
 from swapless.runtime.open import open_checkpoint
@@ -48,7 +48,7 @@ def least(large: Any) -> int:
     return int(str(refused.value).split("(")[2].split(" bytes")[0])
 
 
-@pytest.mark.parametrize("bits, dense", [(16, 8), (8, 16), (8, 8), (4, 16), (4, 8)])
+@pytest.mark.parametrize("bits, dense", [(16, 8), (8, 16), (8, 8), (4, 16), (4, 8), (4, 4)])
 def test_a_store_that_is_not_there_is_as_large_as_the_real_one(
     bits: int, dense: int, opened: Any, checkpoint: Path, tmp_path: Path
 ) -> None:
@@ -79,7 +79,7 @@ def test_the_lossless_line_has_the_slots_that_load_gives(opened: Any, checkpoint
 
 
 def test_set_ups_and_recommendations(roomy: Any) -> None:
-    assert [(row.bits, row.dense_bits) for row in roomy.set_ups] == [(16, 16), (8, 16), (8, 8), (4, 16), (4, 8)]
+    assert [(row.bits, row.dense_bits) for row in roomy.set_ups] == list(PRECISIONS)
     assert all(row.hit_rate == 1 and row.speed.bytes_a_token == 0 for row in roomy.set_ups), "nothing to read ahead either"
     assert roomy.lossless is roomy.set_ups[0] and roomy.lossless.perplexity_ratio == 1
     assert all(row.perplexity_ratio is None for row in roomy.set_ups[1:])

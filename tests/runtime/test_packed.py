@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -105,37 +106,40 @@ def test_threads_change_no_bit_of_the_experts(bits: int, stores: dict[int, Path]
     assert torch.equal(module(hidden, ids, weights), one)
 
 
-@pytest.fixture(scope="module")
-def all_in_8_bits(qwen3_moe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="module", params=[8, 4])
+def all_rounded(request: pytest.FixtureRequest, qwen3_moe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Experts in 8 bits and all linear layers too, or in 4."""
     folder = tmp_path_factory.mktemp("dense") / "store"
-    pack(qwen3_moe, folder, bits=8, dense_bits=8)
+    pack(qwen3_moe, folder, bits=8, dense_bits=request.param)
     return folder
 
 
-def test_linear_layers_in_8_bits_give_what_their_rounded_weights_give(
-    all_in_8_bits: Path, stores: dict[int, Path], load: Any
+def test_rounded_linear_layers_give_what_their_rounded_weights_give(
+    all_rounded: Path, stores: dict[int, Path], load: Any
 ) -> None:
     ids = torch.randint(3, SHAPE.vocabulary, (1, 40), generator=torch.Generator().manual_seed(6))
-    quantized, plain = load(all_in_8_bits, dtype="float32"), load(stores[8], dtype="float32")
-    linears = [entry["module"] for entry in read_manifest(all_in_8_bits).dense.values()]
+    rounded, plain = load(all_rounded, dtype="float32"), load(stores[8], dtype="float32")
+    linears = [entry["module"] for entry in read_manifest(all_rounded).dense.values()]
     attention = [f"model.layers.{i}.self_attn.{part}_proj" for i in range(SHAPE.num_moe_layers) for part in "qkvo"]
     assert sorted(linears) == sorted([*attention, "lm_head"]), "neither router nor embedding"
     before = logits(plain, ids)
     for path in linears:
         with torch.no_grad():
-            plain.get_submodule(path).weight.copy_(quantized.get_submodule(path).weight)
+            plain.get_submodule(path).weight.copy_(rounded.get_submodule(path).weight)
         plain.get_submodule(path).register_forward_pre_hook(lambda module, given: rounded_inputs(given[0]).float())
     expected = logits(plain, ids)
-    for got in (logits(quantized, ids), decoded(quantized, ids)):
+    for got in (logits(rounded, ids), decoded(rounded, ids)):
         assert (got - expected).abs().max() / expected.std() < 1e-4
     assert (before - expected).abs().max() / expected.std() > 1e-3, "nothing was rounded"
 
 
-def test_linear_layers_in_8_bits_take_less_of_the_budget(all_in_8_bits: Path, stores: dict[int, Path], load: Any) -> None:
-    saved = describe(stores[8]).non_expert_bytes - describe(all_in_8_bits).non_expert_bytes
-    layers = [entry["shape"] for entry in read_manifest(all_in_8_bits).dense.values()]
-    assert saved == sum(rows * columns - 4 * rows for rows, columns in layers)
-    assert load(all_in_8_bits).swapless.budget.parts["non_expert"] == describe(all_in_8_bits).non_expert_bytes
+def test_rounded_linear_layers_take_less_of_the_budget(all_rounded: Path, stores: dict[int, Path], load: Any) -> None:
+    manifest = read_manifest(all_rounded)
+    saved = describe(stores[8]).non_expert_bytes - describe(all_rounded).non_expert_bytes
+    assert saved == sum(
+        2 * int(np.prod(entry["shape"])) - manifest.dense_layout(key).nbytes for key, entry in manifest.dense.items()
+    )
+    assert load(all_rounded).swapless.budget.parts["non_expert"] == describe(all_rounded).non_expert_bytes
 
 
 def test_the_budget_counts_blocks_and_no_bounce_buffers(stores: dict[int, Path], load: Any) -> None:

@@ -24,7 +24,7 @@ def pack(
     out_path: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder of the packed store.")],
     bits: Annotated[int, typer.Option(metavar="16|8|4", help="Bits of an expert's weights; 16 keeps every bit.")] = 8,
     group: Annotated[int, typer.Option(metavar="32|64|128", help="Weights that share a scale in 4 bits.")] = 32,
-    dense_bits: Annotated[int, typer.Option(metavar="16|8", help="Bits of all other weights; 16 keeps them as they are.")] = 16,
+    dense_bits: Annotated[int, typer.Option(metavar="16|8|4", help="Bits of all other weights; 16 keeps them.")] = 16,
     text: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Then score this text with and without, for the manifest.")
     ] = None,

@@ -25,7 +25,7 @@ from swapless.store.checkpoint import Extent
 from swapless.store.probe import Probe, probe
 from swapless.store.read import BLOCK_BYTES, FileReader
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 _VERSIONS = ("swapless", "torch", "transformers", "numba", "numpy")
 _BLOCKS = (256 << 10, 1 << 20, 4 << 20)
 """Sizes at which the read path is probed: what packed experts, and parts of plain ones, come to."""
@@ -51,7 +51,7 @@ class Machine:
     memory_bytes_per_s : float
         Out of memory, all threads together.
     weights_per_s : mapping of str to float
-        Weights a second that one token meets in a linear layer (``bf16``, ``int8``) and in experts (``expert bf16``,
+        Weights a second that one token meets in a linear layer (``bf16``, ``int8``, ``int4``) and in experts (``expert bf16``,
         ``expert int8``, ``expert int4``), from memory.
     base_bytes : int
         A process with all libraries and no model.

@@ -30,7 +30,7 @@ from swapless.runtime.open import OpenCheckpoint
 from swapless.runtime.parts import AUTO_PREFETCH, budget_shape, context_of, gate_leads, parts_to_come
 from swapless.units import format_size
 
-PRECISIONS = ((16, 16), (8, 16), (8, 8), (4, 16), (4, 8))
+PRECISIONS = ((16, 16), (8, 16), (8, 8), (4, 16), (4, 8), (4, 4))
 """Bits of experts and of all other weights that a checkpoint is planned for."""
 
 WORTH_BITS = 1.1

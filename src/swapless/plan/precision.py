@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from swapless.runtime.door import experts_of, packed_layout, skeleton
 from swapless.runtime.open import OpenCheckpoint
 from swapless.runtime.packing import packed_layers
-from swapless.store.packed import Manifest, dense_layout
+from swapless.store.packed import Manifest
 
 GROUP = 32
 """Columns that share a scale in 4 bits: what ``swapless pack`` takes by default."""
@@ -23,7 +23,7 @@ def as_packed(opened: OpenCheckpoint, bits: int, dense_bits: int, model: PreTrai
     default one made for the purpose.
     """
     meta = model if model is not None else skeleton(opened.cls, opened.config)
-    linears = opened.layout.linear_keys if dense_bits == 8 else {}
+    linears = opened.layout.linear_keys if dense_bits < 16 else {}
     layers = packed_layers(opened, dict(experts_of(meta)), bits, GROUP)
     manifest = Manifest(
         bits=bits,
@@ -41,7 +41,7 @@ def as_packed(opened: OpenCheckpoint, bits: int, dense_bits: int, model: PreTrai
     others = {}
     for key, ref in opened.refs.items():
         if key not in opened.layout.expert_keys:
-            others[key] = ref._replace(nbytes=dense_layout(ref.shape).nbytes) if key in linears else ref
+            others[key] = ref._replace(nbytes=manifest.dense_layout(key).nbytes) if key in linears else ref
     layout = packed_layout(meta, manifest, others, opened.layout.dtype)
     return opened._replace(manifest=manifest, layout=layout, refs=others)
 

@@ -10,7 +10,7 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +22,7 @@ from swapless.runtime.memory import available_bytes
 from swapless.runtime.open import OpenCheckpoint
 from swapless.runtime.parts import computation
 from swapless.runtime.pool import SlotPool, slot_bytes
-from swapless.store.matrix import MatrixLayout
+from swapless.store.matrix import GROUPS, ROW_BLOCK, MatrixLayout
 from swapless.store.packed import Manifest, PackedLayer, dense_layout
 from swapless.store.read import aligned_buffer
 
@@ -137,65 +137,70 @@ def linear_products(opened: OpenCheckpoint, called: Mapping[Linear, int]) -> dic
     ``called`` says which there are and how often a token passes them (:class:`~swapless.plan.hollow.HollowRun`). Layers of one
     shape take turns with so many copies that no cache holds all that a token passes.
     """
-    quantized = set(opened.layout.linear_keys.values()) if opened.manifest is not None else set()
+    manifest, dtype = opened.manifest, opened.layout.dtype
+    layouts = {} if manifest is None else {entry["module"]: manifest.dense_layout(key) for key, entry in manifest.dense.items()}
     kinds: dict[Linear, list[_Kind]] = {}
     passed: Counter[_Kind] = Counter()
     for linear, times in called.items():
-        small = linear.path in quantized
-        row_bytes = linear.inputs if small else linear.inputs * opened.layout.dtype.itemsize
-        most = max(32, _MOST_BYTES // row_bytes // 32 * 32)
-        parts = [most] * (linear.outputs // most) + [linear.outputs % most] * (linear.outputs % most > 0)
-        kinds[linear] = [_Kind(linear.inputs, rows, linear.bias, small) for rows in parts]
+        kinds[linear] = _Kind(linear.inputs, linear.outputs, linear.bias, dtype, layouts.get(linear.path)).parts()
         for kind in kinds[linear]:
             passed[kind] += times
-    total = sum(times * kind.nbytes(opened.layout.dtype) for kind, times in passed.items())
+    total = sum(times * kind.nbytes for kind, times in passed.items())
     share = min(1.0, cold_bytes() / max(1, total))
     turns = {
-        kind: itertools.cycle(
-            [_linear(*kind, opened.layout.dtype) for _ in range(min(_MOST_LINEARS, max(1, round(share * times))))]
-        )
+        kind: itertools.cycle([_linear(kind) for _ in range(min(_MOST_LINEARS, max(1, round(share * times))))])
         for kind, times in passed.items()
     }
 
     def product(kinds: list[_Kind]) -> Callable[[torch.Tensor], torch.Tensor]:
         if len(kinds) == 1:
-            return lambda x: next(turns[kinds[0]])(x.to(opened.layout.dtype))
-        return lambda x: torch.cat([next(turns[kind])(x.to(opened.layout.dtype)) for kind in kinds], dim=-1)
+            return lambda x: next(turns[kinds[0]])(x.to(dtype))
+        return lambda x: torch.cat([next(turns[kind])(x.to(dtype)) for kind in kinds], dim=-1)
 
     return {linear.path: product(parts) for linear, parts in kinds.items()}
 
 
 class _Kind(NamedTuple):
-    """Linear layers of one shape."""
+    """Linear layers of one shape and precision; ``layout`` where they are rounded."""
 
     inputs: int
     rows: int
     bias: bool
-    quantized: bool
+    dtype: torch.dtype
+    layout: MatrixLayout | None
 
-    def nbytes(self, dtype: torch.dtype) -> int:
-        return self.inputs * self.rows * (1 if self.quantized else dtype.itemsize)
+    @property
+    def nbytes(self) -> int:
+        return self.inputs * self.rows * self.dtype.itemsize if self.layout is None else self.layout.nbytes
+
+    def of(self, rows: int) -> _Kind:
+        """The same with so many rows."""
+        return self._replace(rows=rows, layout=None if self.layout is None else replace(self.layout, rows=rows))
+
+    def parts(self) -> list[_Kind]:
+        """Itself, or what it is cut into where it is large."""
+        most = max(ROW_BLOCK, int(_MOST_BYTES * self.rows / self.nbytes) // ROW_BLOCK * ROW_BLOCK)
+        return [self.of(most)] * (self.rows // most) + [self.of(self.rows % most)] * (self.rows % most > 0)
 
 
-def _linear_s(inputs: int, outputs: int, bias: bool, quantized: bool, dtype: torch.dtype) -> float:
-    row_bytes = inputs if quantized else inputs * dtype.itemsize
-    rows = min(outputs, max(32, _MOST_BYTES // row_bytes // 32 * 32))
-    count = min(_MOST_LINEARS, max(2, -(-cold_bytes() // (rows * row_bytes))))
-    layers = itertools.cycle([_linear(inputs, rows, bias, quantized, dtype) for _ in range(count)])
-    x = torch.randn(1, inputs).to(dtype)
+def _linear_s(kind: _Kind) -> float:
+    part = kind.parts()[0]
+    count = min(_MOST_LINEARS, max(2, -(-cold_bytes() // part.nbytes)))
+    layers = itertools.cycle([_linear(part) for _ in range(count)])
+    x = torch.randn(1, kind.inputs).to(kind.dtype)
     with torch.inference_mode():
-        return _median_s(lambda: next(layers)(x)) * outputs / rows
+        return _median_s(lambda: next(layers)(x)) * kind.rows / part.rows
 
 
-def _linear(inputs: int, rows: int, bias: bool, quantized: bool, dtype: torch.dtype) -> torch.nn.Module:
-    if not quantized:
+def _linear(kind: _Kind) -> torch.nn.Module:
+    inputs, rows, bias, dtype, layout = kind
+    if layout is None:
         plain = torch.nn.Linear(inputs, rows, bias=bias, device="meta", dtype=dtype).to_empty(device="cpu")
         for parameter in plain.parameters():
             _randomise(parameter.data)
         return plain
     from swapless.runtime.linear import QuantizedLinear  # kernels are compiled when they are imported
 
-    layout = dense_layout((rows, inputs))
     layer = QuantizedLinear(layout, torch.nn.Parameter(torch.zeros(rows, dtype=dtype)) if bias else None)
     memory = aligned_buffer(layout.nbytes)[: layout.nbytes]
     _fill_matrix(memory, layout)
@@ -272,7 +277,8 @@ def read_bytes_per_s() -> float:
 
 
 def matrices(weights: int) -> Iterator[tuple[str, float]]:
-    """Weights a second of a plain and of a quantised linear layer of about so many weights, each by its name."""
+    """Weights a second of a plain and of rounded linear layers of about so many weights, each by its name."""
     side = max(64, int(weights**0.5) // 64 * 64)
-    for name, quantized in (("bf16", False), ("int8", True)):
-        yield name, side * side / _linear_s(side, side, False, quantized, torch.bfloat16)
+    for name, bits in (("bf16", 16), ("int8", 8), ("int4", 4)):
+        layout = dense_layout((side, side), bits, GROUPS[0]) if bits < 16 else None
+        yield name, side * side / _linear_s(_Kind(side, side, False, torch.bfloat16, layout))

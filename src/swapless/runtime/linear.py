@@ -1,4 +1,4 @@
-"""A linear layer in 8 bits, in place of torch's where a packed store holds non-expert weights so."""
+"""A linear layer in 8 or 4 bits, in place of torch's where a packed store holds non-expert weights so."""
 
 from __future__ import annotations
 

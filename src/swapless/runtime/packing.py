@@ -33,7 +33,7 @@ from swapless.store.quantize import quantize
 from swapless.store.read import BLOCK_BYTES, FileReader, aligned_buffer
 from swapless.units import format_size
 
-DENSE_BITS = (16, 8)
+DENSE_BITS = (16, 8, 4)
 """Bits of the weights that are no experts; 16 is the checkpoint's own type."""
 
 _SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.md", "LICENSE*")
@@ -65,8 +65,8 @@ def pack(
     group : int
         Columns that share a scale in 4 bits.
     dense_bits : int
-        Of all other weights: 16 keeps them as they are, 8 has a scale a row for those of linear layers (no router and no
-        embedding is touched).
+        Of all other weights: 16 keeps them as they are; with 8 and 4 those of linear layers are rounded like experts
+        (no router and no embedding is touched).
     progress : callable of (str, float), optional
         Told what is going on and the share done.
 
@@ -111,10 +111,10 @@ def pack(
         for file in sorted({file for pattern in _SMALL_FILES for file in folder.glob(pattern)}):
             if file.name != INDEX_NAME and file.is_file():
                 packing.copy(file)
-        linears = opened.layout.linear_keys if dense_bits == 8 else {}
-        tensors = [_in_8_bits(ref, reader) if ref.key in linears else _as_it_is(ref, reader) for ref in refs]
+        linears = opened.layout.linear_keys if dense_bits < 16 else {}
+        tensors = [_linear(ref, reader, dense_bits, group) if ref.key in linears else _as_it_is(ref, reader) for ref in refs]
         with ThreadPoolExecutor(1) as aside:
-            loaded = aside.submit(_load_kernel, bits, group)  # while the first files are copied
+            loaded = aside.submit(_load_kernels, {bits, dense_bits}, group)  # while the first files are copied
             packing.dense(DENSE, tensors, lambda nbytes: meter.add(2 * nbytes))
             loaded.result()
         transposed = [bool(modules[layer.path].is_transposed) for layer in opened.layout.moe_layers]
@@ -241,9 +241,9 @@ def _rounding(
     return rounding
 
 
-def _load_kernel(bits: int, group: int) -> None:
-    """Round a few weights, so that the code is there when the first expert is."""
-    if bits < 16:
+def _load_kernels(precisions: set[int], group: int) -> None:
+    """Round a few weights in each of these bits, so that the code is there when the first expert is."""
+    for bits in precisions - {16}:
         layout = MatrixLayout(rows=ROW_BLOCK, columns=group, bits=bits, group=group)
         quantize(np.zeros((ROW_BLOCK, group), np.uint16), layout, aligned_buffer(layout.nbytes)[: layout.nbytes])
 
@@ -264,24 +264,28 @@ def _as_it_is(ref: TensorRef, reader: FileReader) -> DenseTensor:
     return DenseTensor(ref.key, ref.dtype, ref.shape, ref.nbytes, chunks)
 
 
-def _in_8_bits(ref: TensorRef, reader: FileReader) -> DenseTensor:
-    layout = dense_layout(ref.shape)
+def _linear(ref: TensorRef, reader: FileReader, bits: int, group: int) -> DenseTensor:
+    """The weight of a linear layer, rounded some rows at a time: their values at once, what follows them at the end."""
+    layout = dense_layout(ref.shape, bits, group)
     row_bytes = ref.nbytes // layout.rows
     at_once = max(1, _CHUNK_BYTES // (row_bytes * ROW_BLOCK)) * ROW_BLOCK
 
     def chunks() -> Iterator[np.ndarray]:
         buffer = aligned_buffer(at_once * row_bytes + 2 * BLOCK_BYTES)
-        scales = []
+        scales, zeros = [], []
         for first in range(0, layout.rows, at_once):
             rows = min(at_once, layout.rows - first)
             raw = reader.read(ref.file, ref.offset + first * row_bytes, rows * row_bytes, buffer)
             weights = torch.from_numpy(raw.copy()).view(DTYPES[ref.dtype]).view(rows, layout.columns)
-            part = dense_layout((rows, layout.columns))
+            part = dense_layout((rows, layout.columns), bits, group)
             out = np.empty(part.nbytes, np.uint8)
             quantize(_as_array(weights), part, out)
             yield out[: part.scales_offset]
-            scales.append(out[part.scales_offset :])
+            scales.append(out[part.scales_offset : part.zeros_offset])
+            zeros.append(part.planes(out)[2].reshape(-1))
         yield from scales
+        yield from zeros
+        yield np.zeros(layout.nbytes - layout.zeros_offset - sum(map(len, zeros)), np.uint8)
 
     return DenseTensor(ref.key, "U8", (layout.nbytes,), layout.nbytes, chunks)
 

@@ -8,6 +8,8 @@ this is for models whose weights are rounded, and no others.
 from __future__ import annotations
 
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 
 import torch
@@ -19,23 +21,17 @@ def onednn_slower() -> bool:
     return platform.machine().lower() in ("x86_64", "amd64") and not torch.cpu._is_amx_tile_supported()
 
 
-class SingleRows:
-    """Sets oneDNN aside, a switch of the whole process, from :meth:`begin` to :meth:`end`. Either may be called twice."""
-
-    def __init__(self) -> None:
-        self._aside = False
-
-    def begin(self) -> None:
-        """A step of a single row begins."""
-        if not self._aside and onednn_slower() and torch.backends.mkldnn.enabled:
-            _switch(False)
-            self._aside = True
-
-    def end(self) -> None:
-        """It is over, or was cut off."""
-        if self._aside:
-            _switch(True)
-            self._aside = False
+@contextmanager
+def single_rows() -> Iterator[None]:
+    """Sets oneDNN aside, a switch of the whole process, where it is slower; it comes back whatever happens."""
+    if not (onednn_slower() and torch.backends.mkldnn.enabled):
+        yield
+        return
+    try:
+        _switch(False)
+        yield
+    finally:
+        _switch(True)
 
 
 def _switch(on: bool) -> None:

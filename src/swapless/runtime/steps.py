@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
+from collections.abc import Callable
+from contextlib import nullcontext
+from types import MethodType
 from typing import Any
 
 import numpy as np
@@ -13,7 +17,7 @@ from swapless.errors import ContextError, UnsupportedOperationError, message
 from swapless.notation import Phase
 from swapless.runtime.engine import Engine
 from swapless.runtime.routing import Step
-from swapless.runtime.rows import SingleRows
+from swapless.runtime.rows import single_rows
 
 
 class StepHooks:
@@ -40,7 +44,7 @@ class StepHooks:
         self._engine = engine
         self._context_tokens = context_tokens
         self.rounded = rounded
-        self._single_rows = SingleRows()
+        self._single_row = False
         self._first_document = 0
         self._length = np.zeros(0, np.int32)
 
@@ -49,9 +53,10 @@ class StepHooks:
         self._signature = inspect.signature(type(model).forward)
         model.register_forward_pre_hook(self._before, with_kwargs=True)
         model.register_forward_hook(self._after, with_kwargs=True)
-        model.register_forward_hook(self._over, always_call=True)
+        model.forward = MethodType(self._forward_of(type(model)), model)  # a method, so that a copy of the model has its own
 
     def _before(self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._single_row = False
         if callable(get_eval_frame_callback()):  # torch.compile leaves out what it cannot trace, and never says that it did
             raise UnsupportedOperationError(
                 message("An offloaded model cannot be compiled: its experts are read while it runs.", step="Leave compile out.")
@@ -87,11 +92,17 @@ class StepHooks:
         document = np.repeat(np.arange(batch, dtype=np.int32) + self._first_document, length)
         token_id = None if ids is None else ids.reshape(-1).numpy().astype(np.int32)
         self._engine.begin_step(Step(phase, document, position.reshape(-1).astype(np.int32), valid.reshape(-1), token_id))
-        if self.rounded and phase is Phase.DECODE and batch == 1:
-            self._single_rows.begin()
+        self._single_row = self.rounded and phase is Phase.DECODE and batch == 1
 
     def _after(self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         self._engine.end_step()
 
-    def _over(self, *_: Any) -> None:
-        self._single_rows.end()
+    def _forward_of(self, cls: type[torch.nn.Module]) -> Callable[..., Any]:
+        """Forward of ``cls``, a single row in the way that is fast for it: what a hook sets back, Ctrl-C leaves as it is."""
+
+        @functools.wraps(cls.forward)
+        def forward(model: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+            with single_rows() if self._single_row else nullcontext():
+                return cls.forward(model, *args, **kwargs)
+
+        return forward

@@ -80,8 +80,9 @@ class Manifest:
 
     ``source`` has the source's ``name`` and ``identity`` (:func:`checkpoint_identity`); ``files`` map a name to its ``bytes``
     and ``sha256``; ``dtype`` is the type that the checkpoint computes in. ``dense`` names the tensors of ``model.safetensors``
-    that are quantised matrices in 8 bits, each with the ``module`` that it is the weight of and its ``shape``. ``perplexity``
-    is what the bits cost, where it was measured: ``original`` and ``packed``, over ``tokens`` of the text with ``text_sha256``.
+    that are quantised matrices in ``dense_bits``, each with the ``module`` that it is the weight of and its ``shape``.
+    ``perplexity`` is what the bits cost, where it was measured: ``original`` and ``packed``, over ``tokens`` of the text with
+    ``text_sha256``.
     """
 
     bits: int
@@ -106,13 +107,13 @@ class Manifest:
 
     def dense_layout(self, key: str) -> MatrixLayout:
         """How a quantised tensor that is no expert lies in memory."""
-        return dense_layout(self.dense[key]["shape"])
+        return dense_layout(self.dense[key]["shape"], self.dense_bits, self.group)
 
 
-def dense_layout(shape: Sequence[int]) -> MatrixLayout:
-    """How a weight of ``shape`` (outputs, inputs) that is no expert lies in memory in 8 bits."""
+def dense_layout(shape: Sequence[int], bits: int, group: int) -> MatrixLayout:
+    """How a weight of ``shape`` (outputs, inputs) that is no expert lies in memory in 8 or 4 ``bits``."""
     rows, columns = shape
-    return MatrixLayout(rows=rows, columns=columns, bits=8, group=32)
+    return MatrixLayout(rows=rows, columns=columns, bits=bits, group=group)
 
 
 def is_packed(folder: Path) -> bool:
