@@ -24,6 +24,8 @@ from typing import Any
 import numpy as np
 
 PROBE_S = 0.3
+PROBE_BYTES = 40_000_000
+"""Memory that probes read into, in turn: what a run stays below its cap covers it."""
 """Seconds of reading that each look at the disk takes, before, between and after the timed tokens of Swapless."""
 
 BESIDE_TOKENS = 48
@@ -113,7 +115,10 @@ def _experts_on_disk(folder: str) -> dict[str, str]:
 
 
 def _bandwidth(model: Any, folder: str) -> dict[int, float]:
-    """Bytes a second of direct reads as large as the engine's, at random places, now, by how many are in flight."""
+    """Bytes a second of direct reads as large as the engine's, at random places, now, by how many are in flight.
+
+    They go to memory as the engine's do: into slots, one after the other, or into a bounce buffer over and over.
+    """
     from swapless.store.checkpoint import Extent
     from swapless.store.probe import probe
     from swapless.store.read import FileReader
@@ -125,7 +130,8 @@ def _bandwidth(model: Any, folder: str) -> dict[int, float]:
     extents = [Extent(file, int(rng.integers(0, file.stat().st_size - block_bytes)), block_bytes) for file in shards]
     reader = FileReader(files)
     try:
-        return probe(reader, extents, budget_s=PROBE_S).bytes_per_s
+        copied = model.swapless.budget.parts["io_buffers"] > 0
+        return probe(reader, extents, copied=copied, held_bytes=PROBE_BYTES, budget_s=PROBE_S).bytes_per_s
     finally:
         reader.close()
 

@@ -49,7 +49,7 @@ def bandwidth(checkpoint: Path) -> float:
     opened = open_checkpoint(checkpoint)
     reads = open_store(opened, check=False)
     try:
-        return probe(reads.reader, sample_extents(reads, opened.layout.moe_layers), budget_s=3.0).best_bytes_per_s
+        return probe(reads.reader, sample_extents(reads, opened.layout.moe_layers), held_bytes=0, budget_s=3.0).best_bytes_per_s
     finally:
         reads.close()
 

@@ -95,7 +95,8 @@ class Disk:
     def read_s_per_byte(self, depth: int) -> float:
         """Seconds a byte takes at ``depth`` reads in flight, now, at random places."""
         extents = [self._extent(self._rng) for _ in range(256)]
-        found = probe(self, extents, budget_s=PROBE_S, seed=int(self._rng.integers(1 << 30)))  # type: ignore[arg-type]
+        seed = int(self._rng.integers(1 << 30))
+        found = probe(self, extents, held_bytes=0, budget_s=PROBE_S, seed=seed)  # type: ignore[arg-type]
         return 1 / found.bytes_per_s[depth]
 
     def busy(self, depth: int) -> AbstractContextManager[list[int]]:

@@ -34,7 +34,7 @@ from swapless.runtime.source import checkpoint_folder
 from swapless.runtime.steps import StepHooks
 from swapless.runtime.store import Store
 from swapless.store.packed import Manifest
-from swapless.store.probe import Probe, probe
+from swapless.store.probe import HELD_BYTES, Probe, probe
 from swapless.store.read import FileReader
 from swapless.store.tensors import TensorReader
 from swapless.trace import TraceHeader
@@ -137,7 +137,8 @@ def load(
     if memory == "auto" or (total_bytes is None and share is None):
         total_bytes = base_bytes + int(_AUTO_SHARE * available_bytes())
     fixed = {"base": base_bytes, "non_expert": opened.layout.non_expert_bytes}
-    plan_budget(total_bytes=total_bytes, resident_share=share, fixed_parts=fixed, **shape)  # refuse early what cannot work
+    # Refuses early what cannot work.
+    hoped = plan_budget(total_bytes=total_bytes, resident_share=share, fixed_parts=fixed, **shape)
 
     report("loading non-expert weights", 0.1)
     model = _load_non_experts(opened, attn_implementation)
@@ -151,7 +152,8 @@ def load(
         lookahead = ahead.open(model)
         fixed["prediction"] = max(0, meter.now_bytes() - before_bytes)
     store = open_store(opened, check)
-    measured = probe(store.reader, sample_extents(store, layers), copied=store.bounce_bytes > 0)
+    held_bytes = min(HELD_BYTES, hoped.slots * hoped.slot_bytes // 2)  # no more than slots take later
+    measured = probe(store.reader, sample_extents(store, layers), copied=store.bounce_bytes > 0, held_bytes=held_bytes)
     dropped_bytes += drop_unused_cache()
     fixed |= {"loading": max(0, meter.now_bytes() - sum(fixed.values()))}
     if dropped_bytes:
