@@ -1,10 +1,11 @@
-"""What decides how fast a disk fills memory: the pages of the buffer, and what the processors do meanwhile.
+"""What decides how fast a disk fills memory: the buffer, its pages, and what the processors do meanwhile.
 
     python benchmarks/direct_reads.py                     # the checkpoint of benchmarks/offload.py
     python benchmarks/direct_reads.py --checkpoint DIR --size 1MiB
 
-One thread reads blocks at random places of a checkpoint's files past the page cache, into memory in huge pages as the engine
-has it, or in pages of 4 KiB; alone, beside threads that compute in registers (SHA-256 of a few kilobytes), or beside threads
+One thread reads blocks at random places of a checkpoint's files past the page cache: into one buffer over and over, which a
+processor's cache may still hold, or into several in turn, as into slots; in huge pages as the engine has them, or in pages of
+4 KiB; alone, beside threads that compute in registers (SHA-256 of a few kilobytes), or beside threads
 that walk memory as products with weights do. Variants take turns, round after round; what counts are medians. A plan's floor
 knows nothing of the last kind of rows: it takes the disk as it is alone.
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import os
 import statistics
 import sys
@@ -28,6 +30,7 @@ from swapless.store.read import BLOCK_BYTES, FileReader, aligned_buffer
 from swapless.units import format_size, parse_size
 
 WALK_BYTES = 256 << 20
+PLACES = (1, 4, 16, 256)
 
 
 def small_pages(nbytes: int) -> np.ndarray:
@@ -65,11 +68,11 @@ def main() -> int:
     options = parser.parse_args()
     cores = os.cpu_count() or 1
     variants = {
-        "huge pages": (aligned_buffer, in_registers, 0),
-        "pages of 4 KiB": (small_pages, in_registers, 0),
-        f"huge pages, beside {cores} threads in registers": (aligned_buffer, in_registers, cores),
-        "huge pages, beside 1 thread through memory": (aligned_buffer, through_memory, 1),
-        f"huge pages, beside {cores} threads through memory": (aligned_buffer, through_memory, cores),
+        **{f"huge pages, {count} buffers in turn": (aligned_buffer, count, in_registers, 0) for count in PLACES},
+        "pages of 4 KiB, one buffer": (small_pages, 1, in_registers, 0),
+        f"huge pages, one buffer, beside {cores} threads in registers": (aligned_buffer, 1, in_registers, cores),
+        "huge pages, one buffer, beside 1 thread through memory": (aligned_buffer, 1, through_memory, 1),
+        f"huge pages, one buffer, beside {cores} threads through memory": (aligned_buffer, 1, through_memory, cores),
     }
     files = [file for file in shards(options.checkpoint) if file.stat().st_size > options.size]
     evict(files)
@@ -78,15 +81,17 @@ def main() -> int:
     walked: dict[str, list[float]] = {name: [] for name in variants}
     reader = FileReader(files)
     for _ in range(options.rounds):
-        for name, (buffer_of, work, threads) in variants.items():
-            buffer = buffer_of(options.size + 2 * BLOCK_BYTES)
-            buffer[:] = 0
+        for name, (buffer_of, count, work, threads) in variants.items():
+            room = (-(-options.size // BLOCK_BYTES) + 2) * BLOCK_BYTES
+            memory = buffer_of(count * room)[: count * room]
+            memory[:] = 0
+            buffers = itertools.cycle(memory.reshape(count, room))
             with busy([work() for _ in range(threads)], rng) as bytes_walked:
                 nbytes, began = 0, time.perf_counter()
                 while time.perf_counter() - began < options.seconds:
                     file = files[int(rng.integers(len(files)))]
                     place = int(rng.integers((file.stat().st_size - options.size) // BLOCK_BYTES)) * BLOCK_BYTES
-                    nbytes += len(reader.read(file, place, options.size, buffer))
+                    nbytes += len(reader.read(file, place, options.size, next(buffers)))
                 seconds = time.perf_counter() - began
                 walked[name].append(sum(bytes_walked) / seconds)
             read[name].append(nbytes / seconds)
@@ -97,7 +102,7 @@ def main() -> int:
         rows.append({"variant": name, "bytes_per_s": middle, "all": read[name], "walked_bytes_per_s": walking})
         also = f", {walking / 1e9:.0f} GB/s walked" if walking else ""
         print(
-            f"{name:<48} {middle / 1e9:.2f} GB/s ({min(read[name]) / 1e9:.2f} to {max(read[name]) / 1e9:.2f}){also}",
+            f"{name:<56} {middle / 1e9:.2f} GB/s ({min(read[name]) / 1e9:.2f} to {max(read[name]) / 1e9:.2f}){also}",
             file=sys.stderr,
         )
     config = {"block": format_size(options.size), "rounds": options.rounds, "seconds": options.seconds}

@@ -15,6 +15,7 @@ import torch
 from swapless.errors import BudgetError, ReadError, UnsupportedOperationError, UsageError
 from swapless.runtime.ahead import Governor, ReadAhead
 from swapless.runtime.loader import PREFETCH, Loader
+from swapless.runtime.lookahead import LastChoice
 from swapless.runtime.routers import near_experts
 from tests.runtime.conftest import SHAPE
 from tests.runtime.slots import assert_no_slot_lies
@@ -58,32 +59,54 @@ def test_same_tokens_and_same_hits(
     assert_no_slot_lies(ahead, plain)
 
 
-def test_recall_is_that_of_the_next_router_on_this_input(qwen3_moe: Path, load: Any, prompt: Any, eager: Any) -> None:
+def test_recall_is_that_of_the_next_router_on_this_input_and_of_the_tokens_last_choice(
+    qwen3_moe: Path, load: Any, prompt: Any, eager: Any
+) -> None:
     model = load(qwen3_moe, prefetch="gate")
     always_on(model)
     inputs: dict[int, torch.Tensor] = {}
     plain = eager(qwen3_moe)
     layers = plain.model.layers
     chosen: dict[int, set[int]] = {}
+    choices: list[set[int]] = []
     for moe_layer, block in enumerate(layers):
 
         def keep(module: Any, args: Any, output: Any, moe_layer: int = moe_layer) -> None:
             inputs[moe_layer], chosen[moe_layer] = args[0], set(output[-1].flatten().tolist())
+            if moe_layer == 0:
+                choices.extend(map(set, output[-1].tolist()))
 
         block.mlp.gate.register_forward_hook(keep)
     with torch.no_grad():
         cache = model(prompt).past_key_values
         plain_cache = plain(prompt).past_key_values
+        last = dict(zip(prompt[0].tolist(), choices, strict=True))
         right = asked = 0
-        for token in range(3, 23):
+        for token in (*range(3, 23), *range(3, 23)):
             one = torch.tensor([[token]])
             cache = model(one, past_key_values=cache).past_key_values
             plain_cache = plain(one, past_key_values=plain_cache).past_key_values
+            if token in last:
+                right += len(chosen[0].intersection(last[token]))
+                asked += len(chosen[0])
+            last[token] = chosen[0]
             for later in range(1, SHAPE.num_moe_layers):
                 foreseen = layers[later].mlp.gate.forward(inputs[later - 1])[-1].flatten().tolist()
                 right += len(chosen[later].intersection(foreseen))
                 asked += len(chosen[later])
     assert model.swapless.stats().prefetch_recall == {1: right / asked}
+
+
+def test_the_last_choices_of_some_tokens_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LastChoice, "MOST_TOKENS", 3)
+    last = LastChoice()
+    last.note(np.array([7, 8, 7]), np.array([[1, 2], [3, 4], [5, 2]]))
+    assert last.of(np.array([7])) == [5, 2] and last.of(np.array([9])) == []
+    assert last.of(np.array([8, 7, 8, 9])) == [3, 4, 2, 5], "those of most tokens first"
+    last.note(np.array([1, 8, 2]), np.array([[9, 9], [6, 6], [0, 1]]))
+    assert last.of(np.array([7])) == [] and last.of(np.array([8])) == [6, 6], "the one not seen for longest is forgotten"
+    last.note(np.arange(100), np.arange(200).reshape(100, 2))
+    assert last.of(np.array([99])) == [198, 199] and last.of(np.array([96])) == []
 
 
 def test_a_batch_reads_ahead_too(olmoe: Path, load: Any, generate: Any, eager: Any) -> None:

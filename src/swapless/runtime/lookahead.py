@@ -1,14 +1,17 @@
 """Gate look-ahead: the routers of the next MoE layers, asked with this layer's input.
 
 The residual stream changes little from one block to the next, so a later router already sees most of what it will decide on.
-It costs one small product a layer and needs no training.
+It costs one small product a layer and needs no training. Before the first MoE layer there is nothing to ask with: of it is
+foreseen what the same token chose there the last time.
 """
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel
 
@@ -32,8 +35,34 @@ class _Router(NamedTuple):
         return ids
 
 
+class LastChoice:
+    """What each token chose last, of a bounded number of tokens: those not seen for longest are forgotten."""
+
+    MOST_TOKENS = 4096
+
+    def __init__(self) -> None:
+        self._chosen: OrderedDict[int, bytes] = OrderedDict()
+
+    def note(self, tokens: np.ndarray, ids_TK: np.ndarray) -> None:
+        """``tokens`` (T,) chose ``ids_TK`` (T, K)."""
+        rows = ids_TK[-self.MOST_TOKENS :].astype(np.int16)
+        for token, row in zip(tokens[-self.MOST_TOKENS :].tolist(), rows, strict=True):
+            self._chosen[token] = row.tobytes()
+            self._chosen.move_to_end(token)
+        while len(self._chosen) > self.MOST_TOKENS:
+            self._chosen.popitem(last=False)
+
+    def of(self, tokens: np.ndarray) -> list[int]:
+        """Experts of ``tokens`` the last time, those of most of them first."""
+        known = [np.frombuffer(self._chosen[token], np.int16) for token in tokens.tolist() if token in self._chosen]
+        if len(known) <= 1:
+            return known[0].tolist() if known else []
+        experts, uses = np.unique(np.concatenate(known), return_counts=True)
+        return [int(expert) for expert in experts[np.argsort(-uses, kind="stable")]]
+
+
 class GateLookahead:
-    """Foresees the experts of the MoE layers ``leads`` further on.
+    """Foresees the experts of the MoE layers ``leads`` further on, and of the first one at the beginning of a step.
 
     A router is known by what it returns: the very ids that the experts are then called with. So the first forward call,
     which is prefill, shows each layer's router, and from then on it can be asked.
@@ -53,6 +82,8 @@ class GateLookahead:
         self._required = required
         near = near_experts(model)
         self._num_moe_layers = len(near)
+        self._last = LastChoice()
+        self._tokens: np.ndarray | None = None
         self._routers: dict[int, _Router] = {}
         self._seen: dict[int, list[tuple[_Router | None, tuple[Any, ...]]]] = {}
         self._hooks: dict[int, list[Any]] = {}
@@ -80,16 +111,19 @@ class GateLookahead:
         return remember
 
     def begin(self, step: Step) -> None:
-        """The routers need to know nothing of it."""
+        """Only the first MoE layer is foreseen by the tokens; the routers need to know nothing of them."""
+        self._tokens = step.token_id
 
     def seen(self, moe_layer: int, ids_TK: torch.Tensor) -> None:
-        """Learn which part of the block routed, the first time.
+        """Learn which part of the block routed, the first time, and what the tokens chose in the first MoE layer.
 
         Raises
         ------
         UnsupportedOperationError
             This family's router cannot be asked by itself, and must be.
         """
+        if moe_layer == 0 and self._tokens is not None and len(self._tokens) == len(ids_TK):
+            self._last.note(self._tokens, ids_TK.numpy())
         if moe_layer not in self._hooks:
             return
         for router, output in reversed(self._seen.pop(moe_layer, [])):
@@ -115,9 +149,10 @@ class GateLookahead:
 
     @torch.no_grad()
     def foresee(self, moe_layer: int, hidden_TD: torch.Tensor | None) -> Sequence[Foreseen]:
-        """Experts of the later layers, those that most rows want first; before the first block there is nothing to ask with."""
+        """Experts of the later layers, those that most rows want first; before the first of them, as the tokens chose last."""
         if hidden_TD is None:
-            return []
+            experts = self._last.of(self._tokens) if self._routers and self._tokens is not None else []
+            return [Foreseen(0, experts, len(experts))] if experts else []
         found = []
         for lead in self._leads:
             later = moe_layer + lead
