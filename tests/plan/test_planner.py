@@ -69,7 +69,7 @@ def test_the_lossless_line_has_the_slots_that_load_gives(opened: Any, checkpoint
         depth = model.swapless.probe.depth
     machine = made_machine(base_bytes=own.parts["base"], loading_bytes=own.parts["loading"] - _TENSOR_BYTES * len(opened.refs))
     memory = own.total_bytes
-    found = planned(opened, memory, machine=machine).lossless
+    found = planned(opened, memory, machine=machine, precisions=[(16, 16)]).lossless
     same = ("base", "non_expert", "loading", "kv_cache", "activations", "policy", "slack", "staging", "ahead")
     assert {name: found.budget.parts[name] for name in same} == {name: own.parts[name] for name in same}
     buffers = found.budget.parts["io_buffers"] - own.parts["io_buffers"]  # the number of reader threads is probed each time
@@ -111,7 +111,7 @@ def test_fewer_bits_need_less(large: Any, least: int) -> None:
 
 def test_less_memory_is_fewer_slots_and_fewer_hits_and_what_is_missing_is_read_ahead(opened: Any, roomy: Any) -> None:
     tight = roomy.set_ups[0].needs_bytes + 5 * MIB
-    found = planned(opened, tight)
+    found = planned(opened, tight, precisions=[(16, 16), (4, 4)])
     plain, ahead = found.set_ups[:2]
     assert (plain.prefetch, plain.default, ahead.prefetch, ahead.default) == (None, False, "gate", True)
     assert ahead.budget.slots < plain.budget.slots < 96
@@ -136,7 +136,7 @@ def test_what_a_plan_followed_from_can_be_kept(opened: Any, roomy: Any) -> None:
 
 
 def test_where_slots_are_few_none_is_set_aside_for_reading_ahead(opened: Any, roomy: Any) -> None:
-    found = planned(opened, roomy.set_ups[0].needs_bytes)
+    found = planned(opened, roomy.set_ups[0].needs_bytes, precisions=[(16, 16)])
     assert found.set_ups[0].budget.ahead_slots == 0
     assert (found.set_ups[0].prefetch, found.set_ups[0].default) == (None, True)
     assert "--prefetch" not in found.lossless.commands[0]
@@ -144,7 +144,7 @@ def test_where_slots_are_few_none_is_set_aside_for_reading_ahead(opened: Any, ro
 
 def test_where_a_router_cannot_be_asked_nothing_is_promised(opened: Any, roomy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("swapless.plan.hollow.HollowRun.foresees", False)
-    found = planned(opened, roomy.set_ups[0].needs_bytes + 5 * MIB)
+    found = planned(opened, roomy.set_ups[0].needs_bytes + 5 * MIB, precisions=[(16, 16), (4, 4)])
     assert all(row.prefetch is None and row.default for row in found.set_ups)
     assert found.lossless.budget.ahead_slots > 0, "as in a run, which learns it from the first prompt"
 
