@@ -24,9 +24,10 @@ from typing import Any
 import numpy as np
 
 PROBE_S = 0.3
-PROBE_BYTES = 40_000_000
-"""Memory that probes read into, in turn: what a run stays below its cap covers it."""
 """Seconds of reading that each look at the disk takes, before, between and after the timed tokens of Swapless."""
+
+PROBE_BYTES = 40_000_000
+"""Memory that it reads into, in turn: what a run stays below its cap covers it."""
 
 BESIDE_TOKENS = 48
 """Tokens that are decoded beside reads, where everything is resident."""

@@ -25,7 +25,8 @@ def test_identity_has_no_name_of_the_machine() -> None:
 
 
 @pytest.mark.parametrize(
-    "damage", ["not JSON", "[]", '{"format_version": 0}', '{"format_version": 2}', '{"format_version": 3, "reads": [1]}']
+    "damage",
+    ["not JSON", "[]", *(f'{{"format_version": {old}}}' for old in range(3)), '{"format_version": 3, "reads": [1]}'],
 )
 def test_a_damaged_file_is_as_none(damage: str, kept_machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from swapless.plan.machine import _read

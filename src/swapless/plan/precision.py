@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from swapless.runtime.door import experts_of, packed_layout, skeleton
 from swapless.runtime.open import OpenCheckpoint
-from swapless.runtime.packing import packed_layers
+from swapless.runtime.packing import packed_layers, packed_linears
 from swapless.store.packed import Manifest
 
 GROUP = 32
@@ -23,7 +23,6 @@ def as_packed(opened: OpenCheckpoint, bits: int, dense_bits: int, model: PreTrai
     default one made for the purpose.
     """
     meta = model if model is not None else skeleton(opened.cls, opened.config)
-    linears = opened.layout.linear_keys if dense_bits < 16 else {}
     layers = packed_layers(opened, dict(experts_of(meta)), bits, GROUP)
     manifest = Manifest(
         bits=bits,
@@ -36,12 +35,12 @@ def as_packed(opened: OpenCheckpoint, bits: int, dense_bits: int, model: PreTrai
             for layer, own in zip(layers, opened.layout.moe_layers, strict=True)
         ),
         files={},
-        dense={key: {"module": linears[key], "shape": list(opened.refs[key].shape)} for key in sorted(linears)},
+        dense=packed_linears(opened, dense_bits),
     )
     others = {}
     for key, ref in opened.refs.items():
         if key not in opened.layout.expert_keys:
-            others[key] = ref._replace(nbytes=manifest.dense_layout(key).nbytes) if key in linears else ref
+            others[key] = ref._replace(nbytes=manifest.dense_layout(key).nbytes) if key in manifest.dense else ref
     layout = packed_layout(meta, manifest, others, opened.layout.dtype)
     return opened._replace(manifest=manifest, layout=layout, refs=others)
 

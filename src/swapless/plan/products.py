@@ -23,7 +23,7 @@ from swapless.runtime.open import OpenCheckpoint
 from swapless.runtime.parts import computation
 from swapless.runtime.pool import SlotPool, slot_bytes
 from swapless.store.matrix import GROUPS, ROW_BLOCK, MatrixLayout
-from swapless.store.packed import Manifest, PackedLayer, dense_layout
+from swapless.store.packed import Manifest, PackedLayer
 from swapless.store.read import aligned_buffer
 
 _LEAST_COLD_BYTES = 96 << 20
@@ -138,7 +138,7 @@ def linear_products(opened: OpenCheckpoint, called: Mapping[Linear, int]) -> dic
     shape take turns with so many copies that no cache holds all that a token passes.
     """
     manifest, dtype = opened.manifest, opened.layout.dtype
-    layouts = {} if manifest is None else {entry["module"]: manifest.dense_layout(key) for key, entry in manifest.dense.items()}
+    layouts = {} if manifest is None else manifest.linear_layouts
     kinds: dict[Linear, list[_Kind]] = {}
     passed: Counter[_Kind] = Counter()
     for linear, times in called.items():
@@ -280,5 +280,5 @@ def matrices(weights: int) -> Iterator[tuple[str, float]]:
     """Weights a second of a plain and of rounded linear layers of about so many weights, each by its name."""
     side = max(64, int(weights**0.5) // 64 * 64)
     for name, bits in (("bf16", 16), ("int8", 8), ("int4", 4)):
-        layout = dense_layout((side, side), bits, GROUPS[0]) if bits < 16 else None
+        layout = MatrixLayout(rows=side, columns=side, bits=bits, group=GROUPS[0]) if bits < 16 else None
         yield name, side * side / _linear_s(_Kind(side, side, False, torch.bfloat16, layout))

@@ -228,8 +228,7 @@ def _load_quantized_linears(
 ) -> tuple[PreTrainedModel, list[str]]:
     from swapless.runtime.linear import quantize_linears, quantized_linear  # kernels are compiled when they are imported
 
-    layouts = {entry["module"]: manifest.dense_layout(key) for key, entry in manifest.dense.items()}
-    cls = offloaded_class(opened.cls, lambda model: quantize_linears(model, layouts))
+    cls = offloaded_class(opened.cls, lambda model: quantize_linears(model, manifest.linear_layouts))
     model, wrong = load_non_experts(
         cls, opened.config, opened.layout, opened.refs, tensors, attn_implementation, apart=manifest.dense
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,6 @@ from swapless.store.packed import (
     PackedLayer,
     Piece,
     checkpoint_identity,
-    dense_layout,
     is_packed,
     read_manifest,
 )
@@ -111,7 +111,7 @@ def pack(
         for file in sorted({file for pattern in _SMALL_FILES for file in folder.glob(pattern)}):
             if file.name != INDEX_NAME and file.is_file():
                 packing.copy(file)
-        linears = opened.layout.linear_keys if dense_bits < 16 else {}
+        linears = packed_linears(opened, dense_bits)
         tensors = [_linear(ref, reader, dense_bits, group) if ref.key in linears else _as_it_is(ref, reader) for ref in refs]
         with ThreadPoolExecutor(1) as aside:
             loaded = aside.submit(_load_kernels, {bits, dense_bits}, group)  # while the first files are copied
@@ -132,7 +132,7 @@ def pack(
         dtype=str(opened.layout.dtype).removeprefix("torch."),
         source={"name": folder.resolve().name, "identity": identity},
         moe_layers=tuple(layers),
-        dense={key: {"module": linears[key], "shape": list(opened.refs[key].shape)} for key in sorted(linears)},
+        dense=linears,
         files={name: done for name, done in sorted(packing.done.items()) if isinstance(done, dict)},
     )
     packing.finish(manifest)
@@ -146,6 +146,12 @@ def packed_layers(opened: OpenCheckpoint, modules: Mapping[str, Any], bits: int,
     """
     layers = opened.layout.moe_layers
     return [_plan(number, layer, modules[layer.path], bits, group) for number, layer in enumerate(layers)]
+
+
+def packed_linears(opened: OpenCheckpoint, dense_bits: int) -> dict[str, dict[str, Any]]:
+    """Tensors that would be rounded to ``dense_bits`` beside the experts, as :class:`Manifest` has them in ``dense``."""
+    linears = opened.layout.linear_keys if dense_bits < 16 else {}
+    return {key: {"module": linears[key], "shape": list(opened.refs[key].shape)} for key in sorted(linears)}
 
 
 def _plan(number: int, layer: MoeLayer, module: Any, bits: int, group: int) -> PackedLayer:
@@ -266,7 +272,7 @@ def _as_it_is(ref: TensorRef, reader: FileReader) -> DenseTensor:
 
 def _linear(ref: TensorRef, reader: FileReader, bits: int, group: int) -> DenseTensor:
     """The weight of a linear layer, rounded some rows at a time: their values at once, what follows them at the end."""
-    layout = dense_layout(ref.shape, bits, group)
+    layout = MatrixLayout(rows=ref.shape[0], columns=ref.shape[1], bits=bits, group=group)
     row_bytes = ref.nbytes // layout.rows
     at_once = max(1, _CHUNK_BYTES // (row_bytes * ROW_BLOCK)) * ROW_BLOCK
 
@@ -277,7 +283,7 @@ def _linear(ref: TensorRef, reader: FileReader, bits: int, group: int) -> DenseT
             rows = min(at_once, layout.rows - first)
             raw = reader.read(ref.file, ref.offset + first * row_bytes, rows * row_bytes, buffer)
             weights = torch.from_numpy(raw.copy()).view(DTYPES[ref.dtype]).view(rows, layout.columns)
-            part = dense_layout((rows, layout.columns), bits, group)
+            part = replace(layout, rows=rows)
             out = np.empty(part.nbytes, np.uint8)
             quantize(_as_array(weights), part, out)
             yield out[: part.scales_offset]

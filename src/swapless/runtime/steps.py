@@ -98,7 +98,7 @@ class StepHooks:
         self._engine.end_step()
 
     def _forward_of(self, cls: type[torch.nn.Module]) -> Callable[..., Any]:
-        """Forward of ``cls``, a single row in the way that is fast for it: what a hook sets back, Ctrl-C leaves as it is."""
+        """Forward of ``cls``, a single row in the way that is fast for it. A hook could not undo that: Ctrl-C passes it by."""
 
         @functools.wraps(cls.forward)
         def forward(model: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:

@@ -102,18 +102,20 @@ class Manifest:
 
     def layout(self, piece: Piece) -> MatrixLayout:
         """How a quantised piece lies in memory."""
-        rows, columns = piece.shape
-        return MatrixLayout(rows=rows, columns=columns, bits=piece.bits, group=self.group)
+        return self._matrix(piece.shape, piece.bits)
 
     def dense_layout(self, key: str) -> MatrixLayout:
         """How a quantised tensor that is no expert lies in memory."""
-        return dense_layout(self.dense[key]["shape"], self.dense_bits, self.group)
+        return self._matrix(self.dense[key]["shape"], self.dense_bits)
 
+    @property
+    def linear_layouts(self) -> dict[str, MatrixLayout]:
+        """How the weights of quantised linear layers lie in memory, by the layers' paths."""
+        return {entry["module"]: self.dense_layout(key) for key, entry in self.dense.items()}
 
-def dense_layout(shape: Sequence[int], bits: int, group: int) -> MatrixLayout:
-    """How a weight of ``shape`` (outputs, inputs) that is no expert lies in memory in 8 or 4 ``bits``."""
-    rows, columns = shape
-    return MatrixLayout(rows=rows, columns=columns, bits=bits, group=group)
+    def _matrix(self, shape: Sequence[int], bits: int) -> MatrixLayout:
+        rows, columns = shape
+        return MatrixLayout(rows=rows, columns=columns, bits=bits, group=self.group)
 
 
 def is_packed(folder: Path) -> bool:
