@@ -41,7 +41,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, OlmoeConfig, OlmoeForCausalLM
 
-from swapless.manifest import write_json
+from swapless.atomic import write_json
 
 FORMAT_VERSION = 1
 EMBEDDING_STD = 8.0

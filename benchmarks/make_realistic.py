@@ -39,7 +39,7 @@ from make_checkpoint import _normal, _write_index, consecutive_overlap, load_ent
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from swapless.manifest import write_json
+from swapless.atomic import write_json
 from swapless.trace import TraceHeader, read_trace
 
 FORMAT_VERSION = 1

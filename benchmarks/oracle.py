@@ -30,9 +30,9 @@ from transformers import AutoTokenizer
 
 from benchmarks.results import RESULTS, commit, machine, versions
 from swapless import embedded
+from swapless.atomic import write_json
 from swapless.cli.oracle import compare as print_table
 from swapless.errors import SwaplessError
-from swapless.manifest import write_json
 from swapless.oracle.compare import measure_run, rows_of
 from swapless.oracle.corpus import domain_texts, read_documents, token_streams
 from swapless.oracle.evaluate import held_out

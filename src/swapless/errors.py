@@ -6,7 +6,8 @@
     |-- UsageError (ValueError)              a wrong argument: what, got, allowed
     |   |-- UnitError                        a size without a unit, a share outside (0, 1]
     |   |-- UnknownNameError (KeyError)      no such policy, predictor, device: lists the names, suggests the closest
-    |   `-- CapacityError                    a cache too small for the request model
+    |   |-- CapacityError                    a cache too small for the request model
+    |   `-- OutputExistsError (FileExistsError)   an output is there already, and --force is not given
     |-- CheckpointError (ValueError)         the checkpoint on disk is not what it says
     |   |-- CheckpointMissingError (FileNotFoundError)   folder, index or shard is not there
     |   |-- CheckpointCorruptError           truncated, overlapping or malformed header
@@ -17,7 +18,7 @@
     |-- BudgetError (MemoryError)            the memory budget is below the floor
     |-- ContextError (ValueError)            prompt or generation longer than the context
     |-- ReadError (OSError)                  a read failed while running: short, vanished, I/O error
-    |-- WriteError (OSError)                 a packed store cannot be written: the disk is full, or not ours to write
+    |-- WriteError (OSError)                 an output cannot be written: the disk is full, or not ours to write
     |-- ClosedError (RuntimeError)           used after close()
     |-- VerifyError (AssertionError)         ours and the reference differ
     |-- TraceError (ValueError)
@@ -98,6 +99,10 @@ class CapacityError(UsageError):
     """A cache capacity that the request model cannot work with."""
 
 
+class OutputExistsError(UsageError, FileExistsError):
+    """An output stands there already, and replacing it was not asked for."""
+
+
 class CheckpointError(SwaplessError, ValueError):
     """The checkpoint on disk is not what it says."""
 
@@ -139,7 +144,7 @@ class ReadError(SwaplessError, OSError):
 
 
 class WriteError(SwaplessError, OSError):
-    """A packed store could not be written."""
+    """An output could not be written."""
 
 
 class ClosedError(SwaplessError, RuntimeError):

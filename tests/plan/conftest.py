@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from swapless import embedded
-from swapless.manifest import write_json
+from swapless.atomic import write_json
 
 
 def made_machine(**figures: Any) -> Any:

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
+from swapless.atomic import write_json
 from swapless.errors import CheckpointMissingError, TraceMismatchError, UsageError, message
-from swapless.manifest import write_json
 from swapless.oracle.evaluate import HeldOut, evaluate
 from swapless.oracle.model import OracleMoeForCausalLM
 from swapless.oracle.train import Report

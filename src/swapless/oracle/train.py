@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
+from swapless.atomic import write_json, write_whole
 from swapless.errors import UsageError, message
-from swapless.manifest import write_json, write_whole
 from swapless.oracle.corpus import WindowSampler
 from swapless.oracle.fit import fit_routers
 from swapless.oracle.fork import Carry, fork, match_experts

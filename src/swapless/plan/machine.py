@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
+from swapless.atomic import write_json
 from swapless.errors import WriteError, message
-from swapless.manifest import write_json
 from swapless.runtime.memory import available_bytes, limit_bytes, machine_bytes
 from swapless.store.checkpoint import Extent
 from swapless.store.probe import Probe, probe

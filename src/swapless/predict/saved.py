@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from swapless.atomic import write_whole
 from swapless.errors import PredictorError, message
-from swapless.manifest import write_whole
 from swapless.predict import PREDICTORS
 from swapless.predict.predictor import Fitted, Predictor
 

@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from swapless.atomic import write_whole
 from swapless.errors import PredictorError, PredictorMismatchError, TraceValueError, message
-from swapless.manifest import write_whole
 from swapless.predict.batches import Batch, Documents
 from swapless.predict.network import Network
 from swapless.predict.predictor import Lead, Progress, known_layers

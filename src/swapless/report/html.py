@@ -8,7 +8,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from swapless.manifest import write_whole
+from swapless.atomic import write_whole
 from swapless.report import figures, maps
 from swapless.report.figures import Chart
 from swapless.report.results import Result, results_of

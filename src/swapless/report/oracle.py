@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from swapless.manifest import write_whole
+from swapless.atomic import write_whole
 
 __all__ = ["write_page"]
 

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from swapless.manifest import write_whole
+from swapless.atomic import write_whole
 from swapless.report.figures import GREY, Chart, layout, line, with_legend
 
 _COLOURS = ("#2563eb", "#d97706", "#059669", "#7c3aed", "#db2777", "#0891b2")

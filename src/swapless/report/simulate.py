@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from swapless.manifest import write_whole
+from swapless.atomic import write_whole
 from swapless.report.figures import GREY, Chart, layout, line, with_legend
 from swapless.report.prefetch import losses, prefetch_chart, series
 

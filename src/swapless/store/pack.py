@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from swapless.atomic import write_json
 from swapless.errors import PackMismatchError, UsageError, message
-from swapless.manifest import write_json
 from swapless.store.checkpoint import FetchedPart
 from swapless.store.packed import FORMAT_VERSION, JOURNAL, MANIFEST, Manifest, PackedLayer, block_file_header, read_manifest
 from swapless.store.read import aligned_buffer, buffer_bytes

@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
+from swapless.atomic import write_json
 from swapless.errors import CheckpointCorruptError, PackMismatchError, ReadError, message
-from swapless.manifest import write_json
 from swapless.store.checkpoint import Extent
 from swapless.store.headers import find_shards
 from swapless.store.matrix import MatrixLayout

@@ -13,8 +13,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from swapless.atomic import write_whole
 from swapless.errors import TraceFormatError, TraceMismatchError, TraceMissingError, TraceValueError, message
-from swapless.manifest import write_whole
 from swapless.notation import Phase
 from swapless.trace.checks import check_trace
 from swapless.trace.header import TraceHeader
