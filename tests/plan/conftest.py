@@ -56,7 +56,7 @@ def kept_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "cache" / "swapless"
     folder.mkdir(parents=True)
     write_json(folder / "machine.json", made_machine(identity=identity()).to_dict())
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("SWAPLESS_CACHE_DIR", str(folder))
     return folder
 
 

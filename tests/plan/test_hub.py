@@ -210,7 +210,7 @@ def test_the_command_line_plans_for_a_hub_id(serve: Any, sharded: Path, kept_mac
         "HF_ENDPOINT": hub.endpoint,
         "HF_HUB_OFFLINE": "0",
         "HF_HOME": str(tmp_path / "hf"),
-        "XDG_CACHE_HOME": str(kept_machine.parent),
+        "SWAPLESS_CACHE_DIR": str(kept_machine),
     }
     command = [
         sys.executable,

@@ -10,7 +10,7 @@ import pytest
 
 from swapless.errors import WriteError
 from swapless.plan import products
-from swapless.plan.machine import Free, cache_folder, identity, machine, probe_disk, probe_files
+from swapless.plan.machine import Free, identity, machine, probe_disk, probe_files
 from tests.plan.conftest import made_machine
 
 
@@ -78,16 +78,8 @@ def test_files_smaller_than_a_block_are_read_whole(tmp_path: Path) -> None:
 
 def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(WriteError, match="XDG_CACHE_HOME"):
+    with pytest.raises(WriteError, match="SWAPLESS_CACHE_DIR"):
         machine(folder=tmp_path / "file" / "cache")
-
-
-def test_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert cache_folder() == tmp_path / "swapless"
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert cache_folder() == tmp_path / ".cache" / "swapless"
 
 
 def test_what_is_free_is_asked_where_something_exists(tmp_path: Path) -> None:

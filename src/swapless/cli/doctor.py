@@ -29,7 +29,8 @@ def doctor(
     out = Out(as_json=as_json, quiet=quiet)
     with out.progress() as progress:
         progress("Starting", 0.0)
-        from swapless.plan.machine import Free, cache_folder, machine
+        from swapless.folders import cache_folder
+        from swapless.plan.machine import Free, machine
 
         options.set_threads(threads)
         found = machine(fresh=fresh, progress=progress)

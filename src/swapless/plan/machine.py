@@ -20,6 +20,7 @@ import numpy as np
 
 from swapless.atomic import write_json
 from swapless.errors import WriteError, message
+from swapless.folders import CACHE_VARIABLE, cache_folder
 from swapless.runtime.memory import available_bytes, limit_bytes, machine_bytes
 from swapless.store.checkpoint import Extent
 from swapless.store.probe import Probe, probe
@@ -74,12 +75,6 @@ class Machine:
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         return {"format_version": FORMAT_VERSION} | asdict(self) | {"identity": dict(self.identity)}
-
-
-def cache_folder() -> Path:
-    """The user's cache folder for this project."""
-    home = os.environ.get("XDG_CACHE_HOME")
-    return (Path(home) if home else Path.home() / ".cache") / "swapless"
 
 
 def identity() -> dict[str, Any]:
@@ -139,7 +134,7 @@ def machine(*, fresh: bool = False, folder: Path | None = None, progress: Progre
                 where=folder,
                 got=error.strerror or str(error),
                 allowed=f"a folder that can be written, with {_SCRATCH_BYTES >> 20} MiB free",
-                step="Set XDG_CACHE_HOME to one.",
+                step=f"Set {CACHE_VARIABLE} to one.",
             )
         ) from error
     return measured
