@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import itertools
-import os
 import statistics
 import sys
 import time
@@ -26,6 +25,7 @@ from page_cache import evict, shards
 from results import deliver, document
 
 from swapless.plan.traffic import Fetch, busy
+from swapless.processors import processors
 from swapless.store.read import BLOCK_BYTES, FileReader, aligned_buffer
 from swapless.units import format_size, parse_size
 
@@ -66,7 +66,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=0.5, help="of a turn")
     parser.add_argument("--no-store", action="store_true", help="do not write a result file")
     options = parser.parse_args()
-    cores = os.cpu_count() or 1
+    cores = processors()
     variants = {
         **{f"huge pages, {count} buffers in turn": (aligned_buffer, count, in_registers, 0) for count in PLACES},
         "pages of 4 KiB, one buffer": (small_pages, 1, in_registers, 0),

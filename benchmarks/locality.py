@@ -27,8 +27,8 @@ from results import document, store
 
 from swapless.cache.curves import hit_rate_curves
 from swapless.locality import sch_lookahead, srp
+from swapless.processors import processors
 from swapless.trace import Trace, TraceHeader
-from swapless.trace.parallel import cores
 
 SEGMENTS = (4, 8, 16, 32, 64, 128, 256)
 BARS_S = {"srp": 10.0, "sch_moe_layer": 8.0, "sch_pool": 40.0, "curves_moe_layer": 5.0, "curves_pool": None}
@@ -109,7 +109,7 @@ def main() -> None:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     measured["memory"] = {"peak_bytes": peak, "before_stages_bytes": before, "bar_bytes": PEAK_BAR_BYTES}
     print(f"peak memory {peak / 1e9:.2f} GB (bar 1.5)", file=sys.stderr)
-    config = {**shape, "tokens": arguments.tokens, "segments": SEGMENTS, "repeats": arguments.repeats, "threads": cores()}
+    config = {**shape, "tokens": arguments.tokens, "segments": SEGMENTS, "repeats": arguments.repeats, "threads": processors()}
     result = document("locality", config=config, measured=measured)
     print(json.dumps(result, indent=2))
     if not arguments.no_store:

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from swapless.atomic import write_json
+from swapless.processors import affinity
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -35,7 +36,7 @@ def machine(data: Path | None = None) -> dict[str, Any]:
     """CPU model, cores, memory, kernel; with ``data``, also the read-ahead and block size of the disk that holds it."""
     described: dict[str, Any] = {
         "cpu": _cpu_model(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": len(affinity()),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "system": f"{platform.system()} {platform.release()}",
     }

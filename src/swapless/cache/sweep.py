@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -13,6 +12,7 @@ from swapless.cache.foresight import Foresight
 from swapless.cache.replay import RequestModel, replay
 from swapless.cache.timeline import BlockTime, staging_room, timeline
 from swapless.errors import UsageError
+from swapless.processors import processors
 from swapless.trace import Trace
 
 OPTIMUM = "belady_bypass"
@@ -94,7 +94,7 @@ def sweep(
     work = asked + extra
     small = replace(trace, token=None, token_id=None, gate_weights=None)  # what processes need, and no more
     enough = trace.expert_ids.size * len(work) >= _WORTH_A_PROCESS
-    processes = min(len(work), jobs or (os.cpu_count() or 1 if enough else 1))
+    processes = min(len(work), jobs or (processors() if enough else 1))
     tasks = (delayed(_numbered)(i, small, *item, conditions) for i, item in enumerate(work))
     rows: dict[int, dict[str, Any]] = {}
     for number, row in Parallel(n_jobs=processes, return_as="generator_unordered")(tasks):

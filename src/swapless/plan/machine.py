@@ -21,6 +21,7 @@ import numpy as np
 from swapless.atomic import write_json
 from swapless.errors import WriteError, message
 from swapless.folders import CACHE_VARIABLE, cache_folder
+from swapless.processors import affinity
 from swapless.runtime.memory import available_bytes, limit_bytes, machine_bytes
 from swapless.store.checkpoint import Extent
 from swapless.store.probe import Probe, probe
@@ -83,7 +84,7 @@ def identity() -> dict[str, Any]:
 
     found: dict[str, Any] = {
         "cpu": _cpu(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": len(affinity()),
         "threads": torch.get_num_threads(),
         "memory_bytes": machine_bytes(),
         "system": f"{platform.system()} {platform.release()}",

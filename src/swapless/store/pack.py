@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -19,6 +18,7 @@ import numpy as np
 
 from swapless.atomic import write_json
 from swapless.errors import PackMismatchError, UsageError, message
+from swapless.processors import processors
 from swapless.store.checkpoint import FetchedPart
 from swapless.store.packed import FORMAT_VERSION, JOURNAL, MANIFEST, Manifest, PackedLayer, block_file_header, read_manifest
 from swapless.store.read import aligned_buffer, buffer_bytes
@@ -235,7 +235,7 @@ def _write_blocks(
     with (
         ThreadPoolExecutor(1) as scribe,
         ThreadPoolExecutor(1) as reader,
-        ThreadPoolExecutor(min(at_once, os.cpu_count() or 1)) as workers,
+        ThreadPoolExecutor(min(at_once, processors())) as workers,
     ):
 
         def fetch(expert: int) -> Future[FetchedPart]:

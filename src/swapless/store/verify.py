@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from swapless.processors import processors
 from swapless.store.packed import PackedLayer, read_manifest
 from swapless.store.read import BLOCK_BYTES, FileReader, aligned_buffer
 
@@ -60,7 +60,7 @@ def verify_packed(folder: Path) -> Iterator[tuple[str, int, bool]]:
 
     try:
         # One thread does nothing but read, so that the disk never waits for a processor.
-        with ThreadPoolExecutor(1) as disk, ThreadPoolExecutor(os.cpu_count()) as threads:
+        with ThreadPoolExecutor(1) as disk, ThreadPoolExecutor(processors()) as threads:
             checks = [threads.submit(check, place, disk.submit(fetch, place)) for place in range(min(_AT_ONCE, len(runs)))]
             for place, (layer, experts) in enumerate(runs):
                 held = checks[place].result()

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Any, TypeVar
+
+from swapless.processors import processors
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -17,11 +18,6 @@ def nothing(share: float) -> None:
     """Progress that nobody watches."""
 
 
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def spread(
     work: Callable[[Item], Result], items: Iterable[Item], *, threads: int | None = None
 ) -> Iterator[tuple[Item, Result]]:
@@ -29,7 +25,7 @@ def spread(
 
     The order of finishing varies; sum integers, or place results by their item, so that it never shows in a result.
     """
-    workers = threads or cores()
+    workers = threads or processors()
     source = iter(items)
     with ThreadPoolExecutor(workers) as pool:
         running: dict[Future[Any], Item] = {}
