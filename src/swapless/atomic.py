@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from swapless.errors import OutputExistsError, UsageError, WriteError, message
+from swapless.errors import OutputExistsError, SwaplessError, UsageError, WriteError, message
+from swapless.units import format_size
 
 
 def check_output(path: str | os.PathLike[str], *, force: bool = False, inputs: tuple[object, ...] = ()) -> Path:
@@ -145,9 +146,13 @@ def sync_folder(folder: str | os.PathLike[str]) -> None:
         os.close(descriptor)
 
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Errors that say that there is no more room."""
+
 _REASONS = {
     errno.ENOSPC: ("The disk is full.", "Free some space, or name another folder."),
     errno.EDQUOT: ("The disk quota is used up.", "Free some space, or name another folder."),
+    errno.EFBIG: ("The file is larger than a file may be here.", "Raise the limit (ulimit -f), or name another folder."),
     errno.EROFS: ("The file system is read-only.", "Name another folder."),
     errno.EACCES: ("The folder is not writable.", "Name another folder."),
     errno.EPERM: ("The folder is not writable.", "Name another folder."),
@@ -157,12 +162,16 @@ _REASONS = {
 
 
 @contextlib.contextmanager
-def saying_where(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Turn the operating system's errors into one :class:`WriteError` that names ``path`` and the next step."""
+def saying_where(path: str | os.PathLike[str], *, nbytes: int = 0) -> Iterator[None]:
+    """Turn the operating system's errors into one :class:`WriteError` that names ``path`` and the next step.
+
+    Where the size of the file is known, ``nbytes``, a full disk is told with it.
+    """
     try:
         yield
-    except WriteError:
+    except SwaplessError:
         raise
     except OSError as error:
         what, step = _REASONS.get(error.errno or 0, ("The file could not be written.", "Look at the disk."))
-        raise WriteError(message(what, where=path, got=error.strerror or str(error), step=step)) from error
+        allowed = f"{format_size(nbytes)} for this file" if nbytes and error.errno in FULL else None
+        raise WriteError(message(what, where=path, got=error.strerror or str(error), allowed=allowed, step=step)) from error

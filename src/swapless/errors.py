@@ -19,6 +19,7 @@
     |-- ContextError (ValueError)            prompt or generation longer than the context
     |-- ReadError (OSError)                  a read failed while running: short, vanished, I/O error
     |-- WriteError (OSError)                 an output cannot be written: the disk is full, or not ours to write
+    |-- LockedError (BlockingIOError)        another process is at work on the same folder: names it
     |-- ClosedError (RuntimeError)           used after close()
     |-- VerifyError (AssertionError)         ours and the reference differ
     |-- TraceError (ValueError)
@@ -145,6 +146,10 @@ class ReadError(SwaplessError, OSError):
 
 class WriteError(SwaplessError, OSError):
     """An output could not be written."""
+
+
+class LockedError(SwaplessError, BlockingIOError):
+    """Another process is at work on the same folder."""
 
 
 class ClosedError(SwaplessError, RuntimeError):
