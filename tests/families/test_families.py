@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import pytest
 
 import swapless
+from swapless import runtime
 from tests.families.tiny import NOT_RUN, Family, decorated_families, tiny_model
 
 FAMILIES = sorted(decorated_families().keys() - NOT_RUN.keys())
@@ -96,6 +97,14 @@ def test_output_equals_eager_bit_for_bit(
         assert stats.waves > (NEW_TOKENS - 1) * header.num_moe_layers, "no MoE layer was ever served in waves"
     assert len(trace) == 2 * int(given.mask.sum()) + 2 * (NEW_TOKENS - 1)
     swept.setdefault(saved.family.name, []).append(layout)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_verify_finds_the_same_bits(saved: Saved, layout: str) -> None:
+    layers = list(runtime.verify(saved.folders[layout]))
+    assert layers and all(layer.experts_compared == EXPERTS for layer in layers)
+    assert not [layer for layer in layers if not layer.identical]
 
 
 def test_every_decorated_family_is_run_or_says_why_not() -> None:

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from swapless import runtime
-from swapless.errors import CheckpointCorruptError, UnsupportedCheckpointError
+from swapless.errors import CheckpointCorruptError
 from swapless.runtime.open import open_checkpoint
 from swapless.runtime.packing import pack
 from swapless.runtime.pool import slot_bytes
@@ -201,11 +201,3 @@ def test_scales_that_are_not_there_are_missed(quantized: Path, tmp_path: Path, l
     save_file(tensors, own / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(CheckpointCorruptError, match="no scales"):
         load(own)
-
-
-def test_a_package_that_transformers_asks_for_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    from swapless.runtime.door import dequantize
-
-    monkeypatch.setitem(dequantize.METHODS, "fp8", ("no_such_package",))
-    with pytest.raises(UnsupportedCheckpointError, match=r"pip install no_such_package"):
-        dequantize.check_quantization({"quant_method": "fp8"}, "here")

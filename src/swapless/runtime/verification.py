@@ -1,7 +1,8 @@
 """Hold our experts against transformers' eager ones, layer by layer, every expert, inside the budget.
 
-The reference reads the checkpoint by safetensors and computes with transformers' own code; ours goes through direct reads,
-slots and the block loop. Both get the same inputs, as prefill and as decode, at one thread, and must agree in every bit.
+The reference reads the checkpoint by safetensors, makes weights in FP8 and MXFP4 whole by code of its own, is loaded by
+transformers' own loader and computes with transformers' eager experts; ours goes through direct reads, slots and the block
+loop. Both get the same inputs, as prefill and as decode, at one thread, and must agree in every bit.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 from swapless.cache import DEFAULT_POLICY
 from swapless.errors import BudgetError, message
 from swapless.notation import Phase
-from swapless.runtime.door import MoeLayer, experts_of, reference_experts
+from swapless.runtime.door import MoeLayer, Reference, experts_of, skeleton
 from swapless.runtime.model import load
 from swapless.runtime.open import open_checkpoint
 from swapless.runtime.routing import Step
@@ -83,25 +84,29 @@ def verify(
             at_once //= 2
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    reference = Reference(skeleton(opened.cls, opened.config, model.dtype), folder, opened.files, model.dtype)
+    top_k = opened.experts_a_token // len(layers)
     try:
         for moe_layer, (_, module) in enumerate(experts_of(model)):
-            yield _compare(model, module, layers[moe_layer], moe_layer, at_once, opened.experts_a_token // len(layers), seed)
+            yield _compare(model, module, reference, layers[moe_layer], moe_layer, at_once, top_k, seed)
     finally:
         torch.set_num_threads(threads)
         model.swapless.close()
 
 
-def _compare(model: Any, module: Any, layer: MoeLayer, moe_layer: int, at_once: int, top_k: int, seed: int) -> LayerResult:
+def _compare(
+    model: Any, module: Any, reference: Reference, layer: MoeLayer, moe_layer: int, at_once: int, top_k: int, seed: int
+) -> LayerResult:
     generator = torch.Generator().manual_seed(seed + moe_layer)
-    hidden_size = model.config.get_text_config().hidden_size
+    width = _input_width(model, module, layer)
     largest, identical = 0.0, True
     for first in range(0, layer.num_experts, at_once):
         experts = range(first, min(first + at_once, layer.num_experts))
-        reference = reference_experts(module, layer, experts, model.dtype)
-        hidden_TD = torch.randn(_TOKENS, hidden_size, generator=generator).to(model.dtype)
+        expected_of = reference.experts(module, layer.path, experts)
+        hidden_TD = torch.randn(_TOKENS, width, generator=generator).to(model.dtype)
         places_TK = _routing(len(experts), min(top_k, len(experts)), generator)
         weights_TK = torch.rand(places_TK.shape, generator=generator).to(model.dtype)
-        expected = reference(hidden_TD, places_TK, weights_TK)
+        expected = expected_of(hidden_TD, places_TK, weights_TK)
         for phase in (Phase.PREFILL, Phase.DECODE):
             model.swapless.begin_step(_step(phase))
             got = module(hidden_TD, places_TK + first, weights_TK)
@@ -116,6 +121,14 @@ def _compare(model: Any, module: Any, layer: MoeLayer, moe_layer: int, at_once: 
         identical=identical,
         max_abs_difference=largest,
     )
+
+
+def _input_width(model: Any, module: Any, layer: MoeLayer) -> int:
+    """Values a token that go into an expert: some families hand theirs less than the hidden state."""
+    for parameter in layer.parameters:
+        if parameter.name in ("gate_up_proj", "up_proj") and len(parameter.shape) == 2:
+            return parameter.shape[0 if module.is_transposed else 1]
+    return int(model.config.get_text_config().hidden_size)
 
 
 def _routing(experts: int, top_k: int, generator: torch.Generator) -> torch.Tensor:

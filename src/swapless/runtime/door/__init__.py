@@ -20,12 +20,12 @@ from swapless.runtime.door.model import (
     experts_of,
     load_non_experts,
     model_class,
-    reference_experts,
     skeleton,
     strip_experts,
 )
 from swapless.runtime.door.origin import DTYPES
 from swapless.runtime.door.packed import packed_layout
+from swapless.runtime.door.reference import Reference
 
 __all__ = [
     "ALL_EXPERTS_FUNCTIONS",
@@ -34,6 +34,7 @@ __all__ = [
     "ExpertParameter",
     "Layout",
     "MoeLayer",
+    "Reference",
     "check_quantization",
     "checkpoint_layout",
     "common_gate",
@@ -44,7 +45,6 @@ __all__ = [
     "load_non_experts",
     "model_class",
     "packed_layout",
-    "reference_experts",
     "skeleton",
     "strip_experts",
     "use_experts_implementation",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -37,10 +37,6 @@ class Origin(Protocol):
 
     def source(self, parameter: ExpertParameter, expert: int) -> ParameterSource:
         """Where the bytes of one expert are, and how they become the parameter."""
-        ...
-
-    def reference(self, experts: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-        """The stacked parameter of ``experts``, read by safetensors and built by transformers alone."""
         ...
 
 

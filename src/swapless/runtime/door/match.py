@@ -22,7 +22,7 @@ from transformers.core_model_loading import (
 )
 
 from swapless.errors import CheckpointCorruptError, UnsupportedFamilyError, message
-from swapless.runtime.door.dequantize import DEQUANTIZE, dequantizer
+from swapless.runtime.door.dequantize import DEQUANTIZE, check_scales, dequantizer
 from swapless.runtime.door.layout import ExpertParameter, Layout, MoeLayer, aligned
 from swapless.runtime.door.origin import ALL_DTYPES, DTYPES, CheckpointOrigin
 from swapless.runtime.families import unsupported_family
@@ -72,11 +72,13 @@ def checkpoint_layout(meta: PreTrainedModel, refs: Mapping[str, TensorRef], dtyp
         raise unsupported_family(meta.config)
     targets = {f"{path}.{name}": (path, name) for path, module in modules.items() for name in expert_parameters(module)}
     names = meta.state_dict()
-    transforms = get_model_conversion_mapping(meta, hf_quantizer=dequantizer(meta.config))
+    quantizer = dequantizer(meta.config)
+    transforms = get_model_conversion_mapping(meta, hf_quantizer=quantizer)
     renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
     converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
     origins: dict[str, CheckpointOrigin] = {}
+    stored: dict[str, dict[str | None, list[TensorRef]]] = {}
     expert_keys = set()
     linear_keys = {}
     routed = {int(module.num_experts) for module in modules.values()}
@@ -92,10 +94,13 @@ def checkpoint_layout(meta: PreTrainedModel, refs: Mapping[str, TensorRef], dtyp
             expert_keys.add(key)
         elif target in names:
             ref = refs[key]
+            stored.setdefault(target, {}).setdefault(pattern, []).append(ref)
             path = target.removesuffix(".weight")
             if _kept_as_it_is(by_pattern.get(pattern or "")) and path != target and _is_linear(meta, path, ref, routed):
                 linear_keys[key] = path
             non_expert_bytes += int(np.prod(ref.shape)) * dtype.itemsize
+    for weights in (*stored.values(), *(origin.refs for origin in origins.values())):
+        check_scales(quantizer, weights)
     layers = tuple(_moe_layer(path, module, origins, dtype) for path, module in modules.items())
     return Layout(
         moe_layers=layers,

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, final
 
 import torch
@@ -13,7 +12,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from swapless.errors import UnsupportedFamilyError, message
-from swapless.runtime.door.layout import Layout, MoeLayer
+from swapless.runtime.door.layout import Layout
 from swapless.runtime.door.match import expert_parameters, is_experts
 from swapless.runtime.door.origin import ALL_DTYPES
 from swapless.store.headers import TensorRef
@@ -65,25 +64,15 @@ def _beside_config(config: Any, name: str) -> Any:
         return None
 
 
-def skeleton(cls: type[PreTrainedModel], config: Any) -> PreTrainedModel:
-    """The whole model on the meta device: shapes and names, no memory."""
-    with torch.device("meta"):
-        return cls(config)
-
-
-def reference_experts(module: torch.nn.Module, layer: MoeLayer, experts: Sequence[int], dtype: torch.dtype) -> torch.nn.Module:
-    """A copy of an experts module that holds ``experts`` alone and runs as transformers' eager does.
-
-    Ids of its input count places in ``experts``. Nothing of our read path is used: it is what ours is held against.
-    """
-    reference: Any = copy.copy(module)
-    reference._parameters = dict(module._parameters)
-    for name, origin in layer.origins.items():
-        reference._parameters[name] = torch.nn.Parameter(origin.reference(experts, dtype), requires_grad=False)
-    reference.config = copy.copy(module.config)
-    reference.config._experts_implementation = "eager"
-    reference.num_experts = len(experts)
-    return reference
+def skeleton(cls: type[PreTrainedModel], config: Any, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """The whole model on the meta device, as if it were to be loaded in ``dtype``: shapes and names, no memory."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device("meta"):
+            return cls(config)
+    finally:
+        torch.set_default_dtype(before)
 
 
 @final

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
 from transformers import PreTrainedModel
 from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
 
@@ -81,21 +80,6 @@ class CheckpointOrigin:
         if not self._plain() or any(dtype != parameter.dtype for dtype in types):
             convert = self._conversion(parameter, patterns, shapes, types, merges)
         return ParameterSource(tuple(extents), parameter.slot_offset, parameter.nbytes, convert)
-
-    def reference(self, experts: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-        """The stacked parameter of ``experts``, read by safetensors and built by transformers alone."""
-        merges = self.merges()
-        collected: Any = {}
-        for pattern, refs in self.refs.items():
-            if merges:
-                collected[pattern] = [_read_reference(refs[expert]) for expert in experts]
-            else:
-                collected[pattern] = [torch.stack([_read_reference(refs[0], expert) for expert in experts])]
-        if self.converter is None:
-            stacked = next(iter(collected.values()))[0]
-        else:
-            stacked = self._convert(self.converter, collected, len(experts), dtype)
-        return stacked.to(dtype).clone(memory_format=torch.contiguous_format)
 
     @torch.no_grad()
     def _convert(self, converter: WeightConverter, collected: Any, experts: int, dtype: torch.dtype) -> torch.Tensor:
@@ -186,8 +170,3 @@ class _FewExpertsModule:
 
     def __getattr__(self, name: str) -> torch.Tensor:
         return self._model.get_parameter(f"{self._path}.{name}")
-
-
-def _read_reference(ref: TensorRef, expert: int | None = None) -> torch.Tensor:
-    with safe_open(ref.file, framework="pt") as file:
-        return file.get_tensor(ref.key) if expert is None else file.get_slice(ref.key)[expert]
