@@ -1,12 +1,7 @@
-"""What every test shares: the compiler's cache, and the folder of handed data.
-
-Numba's disk cache looks only at the file of a compiled function, never at the other files that it inlines, so a change
-elsewhere would run yesterday's machine code. The cache is therefore keyed on the whole source, before numba is imported.
-"""
+"""What every test shares: the cache folder, which is not the user's, and the folder of handed data."""
 
 from __future__ import annotations
 
-import hashlib
 import os
 import signal
 from pathlib import Path
@@ -16,16 +11,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def _source_hash() -> str:
-    digest = hashlib.sha256()
-    for file in sorted((ROOT / "src" / "swapless").rglob("*.py")):
-        digest.update(str(file.relative_to(ROOT)).encode() + b"\0" + file.read_bytes())
-    return digest.hexdigest()[:16]
-
-
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # the workers share the cores already
-os.environ["NUMBA_CACHE_DIR"] = str(ROOT / "out" / "numba" / _source_hash())
+os.environ["SWAPLESS_CACHE_DIR"] = str(ROOT / "out" / "cache")
 
 
 def pytest_configure() -> None:

@@ -7,7 +7,8 @@ needs no trace file.
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
+
+from swapless.compiled import kernel
 
 
 def load_entropy(expert_ids: np.ndarray, num_experts: int) -> np.ndarray:
@@ -20,7 +21,7 @@ def load_entropy(expert_ids: np.ndarray, num_experts: int) -> np.ndarray:
     return np.array(entropies)
 
 
-@njit(cache=True)
+@kernel()
 def _lru_hits(ids_TLK: np.ndarray, num_experts: int, capacity: int) -> np.ndarray:
     T, L, K = ids_TLK.shape
     hits = np.zeros(L, np.int64)

@@ -11,6 +11,7 @@ import pytest
 
 from swapless import embedded
 from swapless.atomic import write_json
+from swapless.folders import cache_folder
 
 
 def made_machine(**figures: Any) -> Any:
@@ -55,6 +56,9 @@ def kept_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
     folder = tmp_path / "cache" / "swapless"
     folder.mkdir(parents=True)
+    code = cache_folder() / "code"
+    code.mkdir(mode=0o700, parents=True, exist_ok=True)
+    (folder / "code").symlink_to(code)  # or it would be compiled anew
     write_json(folder / "machine.json", made_machine(identity=identity()).to_dict())
     monkeypatch.setenv("SWAPLESS_CACHE_DIR", str(folder))
     return folder

@@ -10,6 +10,7 @@ import pytest
 
 SOURCE = Path(__file__).resolve().parents[2] / "src" / "swapless"
 GROUND = {"notation", "units", "errors", "registry", "atomic", "untrusted", "folders", "processors", "locks"}
+GROUND |= {"compiled", "compiled_key", "compiled_store"}
 ALLOWED = {
     "trace": set(),
     "store": set(),
@@ -73,3 +74,25 @@ def test_nothing_imports_the_top():
         if part in TOP and file.relative_to(SOURCE).parts[0] not in TOP
     ]
     assert not wrong, wrong
+
+
+NUMBA = {"compiled.py", "compiled_key.py", "predict/_stream_kernels.py", "runtime/kernels_code.py", "runtime/kernels_tiles.py"}
+"""The files that may name numba or llvmlite: the door to the compiler, and builders of code that Python cannot say."""
+
+
+def test_one_door_to_the_compiler():
+    named = set()
+    for file in sorted(SOURCE.rglob("*.py")):
+        name = file.relative_to(SOURCE).as_posix()
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom):
+                modules, names = [node.module or ""], {alias.name for alias in node.names}
+            elif isinstance(node, ast.Import):
+                modules, names = [alias.name for alias in node.names], set()
+            else:
+                continue
+            if {module.partition(".")[0] for module in modules} & {"numba", "llvmlite"}:
+                named.add(name)
+                compiles = names & {"njit", "jit", "cfunc", "vectorize", "guvectorize", "jitclass", "stencil", "generated_jit"}
+                assert name == "compiled.py" or not compiles, f"{name}:{node.lineno} compiles on its own"
+    assert named == NUMBA

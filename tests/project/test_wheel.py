@@ -41,7 +41,7 @@ def test_the_demo_runs_from_an_installed_wheel(wheel, tmp_path):
     python = tmp_path / "venv" / "bin" / "python"
     install = [str(python), "-m", "pip", "install", "--quiet", "--no-compile", "-c", str(ROOT / "constraints.txt"), str(wheel)]
     subprocess.run(install, check=True, timeout=1500, cwd=tmp_path)
-    clean = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "NUMBA_CACHE_DIR")}
+    clean = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "SWAPLESS_CACHE_DIR")}
     command = [str(python.with_name("swapless")), "demo", "--json"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=tmp_path, env=clean)
     assert done.returncode == 0, done.stderr

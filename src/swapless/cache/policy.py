@@ -33,9 +33,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
-from numba.extending import overload
-
 from swapless.cache.compiled import OPTIONS
+from swapless.compiled import rule
 
 
 class Policy(Protocol):
@@ -100,11 +99,4 @@ def rules(state_type: type, **functions: Callable[..., Any]) -> None:
     if unknown:
         raise TypeError(f"no such rule in the policy contract: {', '.join(sorted(unknown))}")
     for generic, default in _DEFAULTS.items():
-        _register(generic, state_type, functions.get(generic.__name__, default))
-
-
-def _register(generic: Callable[..., Any], state_type: type, function: Callable[..., Any]) -> None:
-    def chosen(state: Any, *_: Any) -> Callable[..., Any] | None:
-        return function if getattr(state, "instance_class", None) is state_type else None
-
-    overload(generic, jit_options=OPTIONS, strict=False)(chosen)
+        rule(generic, state_type, functions.get(generic.__name__, default), OPTIONS)

@@ -16,6 +16,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from swapless.cli.notices import hear
+
 __all__ = ["Out", "ProgressCall", "plain"]
 
 ProgressCall = Callable[[str, float], None]
@@ -56,6 +58,7 @@ class Out:
         self.as_json = as_json
         self.quiet = quiet
         self._aside = Console(stderr=True, highlight=False, soft_wrap=True)
+        hear(self.note, quiet)
 
     def text(self, text: str, *, end: str = "\n") -> None:
         """Part of the result, written as it is and at once; nothing under ``as_json``."""

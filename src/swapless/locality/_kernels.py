@@ -9,10 +9,11 @@ from __future__ import annotations
 from typing import Any, no_type_check
 
 import numpy as np
-from numba import njit
+
+from swapless.compiled import kernel
 
 
-@njit(cache=True, nogil=True)
+@kernel()
 @no_type_check
 def windows_at_least(ids: Any, offsets: Any, num_experts: int, window: int, by_expert: Any, by_document: Any) -> None:
     """Add to ``by_expert`` (E, S + 1) and ``by_document`` (D, S + 1) the windows with at least a uses, for a = 1..S.
@@ -43,7 +44,7 @@ def windows_at_least(ids: Any, offsets: Any, num_experts: int, window: int, by_e
                     by_document[document, count[x]] += left
 
 
-@njit(cache=True, nogil=True)
+@kernel()
 @no_type_check
 def ranked_uses(ids: Any, offsets: Any, width: int, window: int, uses: Any) -> None:
     """Add to ``uses`` (D, width) the uses of the r-th most used expert of each window, summed over windows.
@@ -77,7 +78,7 @@ def ranked_uses(ids: Any, offsets: Any, width: int, window: int, uses: Any) -> N
                     count[x] += 1
 
 
-@njit(cache=True, nogil=True)
+@kernel()
 @no_type_check
 def distances(ids: Any, offsets: Any, num_experts: int, counts: Any, gaps: Any) -> None:
     """Add up shared, could-share and all uses in ``counts`` (3), and uses by the tokens since the last one in ``gaps``."""
@@ -97,7 +98,7 @@ def distances(ids: Any, offsets: Any, num_experts: int, counts: Any, gaps: Any) 
                 last[x] = t
 
 
-@njit(cache=True, nogil=True)
+@kernel()
 @no_type_check
 def window_balance(ids: Any, offsets: Any, num_experts: int, window: int, logs: Any, sums: Any, covered: Any) -> None:
     """Add variation, entropy and number of windows to ``sums`` (3), and active (window, token) pairs to ``covered`` (E)."""

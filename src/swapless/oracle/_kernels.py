@@ -9,7 +9,8 @@ from __future__ import annotations
 from typing import Any, no_type_check
 
 import numpy as np
-from numba import njit
+
+from swapless.compiled import kernel
 
 HASHED_TOKENS = 4
 """Tokens at the start of a document that decide its hash."""
@@ -18,7 +19,7 @@ LENGTH, FIRST, START, NUMBER, ENDED, HASHED, HASH = range(7)
 whether its last token ended it, tokens hashed, and the hash."""
 
 
-@njit(cache=True, nogil=True)
+@kernel()
 @no_type_check
 def assign_groups(scores: Any, start: Any, threshold: Any, past: int, fraction: float, gid: Any, count: Any) -> None:
     """Put each token into the group of the latest key it scores above its threshold, or into a new one.
@@ -54,7 +55,7 @@ def assign_groups(scores: Any, start: Any, threshold: Any, past: int, fraction: 
                 count[b] += 1
 
 
-@njit(cache=True, nogil=True)
+@kernel()
 @no_type_check
 def running_mean(h: Any, slot: Any, decay: float, sums: Any, weights: Any, mean: Any, weight_at: Any) -> None:
     """Mean of each token's slot up to and including the token; ``decay`` < 1 forgets older tokens.
@@ -78,7 +79,7 @@ def running_mean(h: Any, slot: Any, decay: float, sums: Any, weights: Any, mean:
                 mean[b, n, d] = total / weight
 
 
-@njit(cache=True, nogil=True)
+@kernel()
 @no_type_check
 def running_mean_backward(grad: Any, slot: Any, decay: float, groups: int, weight_at: Any, out: Any) -> None:
     """Gradient of :func:`running_mean` with respect to ``h``: the same scan, backwards."""
@@ -96,7 +97,7 @@ def running_mean_backward(grad: Any, slot: Any, decay: float, groups: int, weigh
                 carried[g, d] = total * decay
 
 
-@njit(cache=True, nogil=True)
+@kernel()
 @no_type_check
 def choose(scores: Any, restart: Any, stay: float, previous: Any, ids: Any) -> None:
     """The K experts of highest score, where the experts of the token before have ``stay`` added to theirs.
@@ -122,7 +123,7 @@ def choose(scores: Any, restart: Any, stay: float, previous: Any, ids: Any) -> N
                     previous[b, k] = ids[b, n, k]
 
 
-@njit(cache=True, nogil=True)
+@kernel()
 @no_type_check
 def top_mass(scores: Any, start: Any, past: int, mass: float) -> None:
     """Keep of each row the largest scores that make up ``mass`` of its sum over earlier tokens, scaled to sum 1; in place.
@@ -164,7 +165,7 @@ def top_mass(scores: Any, start: Any, past: int, mass: float) -> None:
                 scores[b, n, s] /= kept
 
 
-@njit(cache=True, nogil=True)
+@kernel()
 @no_type_check
 def follow_documents(
     ids: Any, valid: Any, end: int, past: int, state: Any, number: Any, start: Any, rank: Any, hashed: Any

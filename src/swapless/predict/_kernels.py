@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
-import numba
 import numpy as np
 
-Function = TypeVar("Function", bound=Callable[..., Any])
+from swapless.compiled import kernel
 
 
-def _compiled(function: Function) -> Function:
-    compiled: Any = numba.njit(cache=True, nogil=True)(function)
-    return compiled
-
-
-@_compiled
+@kernel()
 def add_routing(into: Any, rows: Any, ids: Any, num_experts: int) -> None:
     """Add the choices ``ids`` (T, L, K) of each token to row ``rows[t]`` of ``into`` (R, L*E); row -1 is nowhere."""
     for t in range(len(rows)):
@@ -30,7 +23,7 @@ def add_routing(into: Any, rows: Any, ids: Any, num_experts: int) -> None:
                     into[row, layer * num_experts + expert] += 1
 
 
-@_compiled
+@kernel()
 def multi_hot(ids: Any, num_experts: int, out: Any) -> None:
     """Set ``out`` (T, L, E) to 1 where an expert of ``ids`` (T, L, K) was chosen."""
     for t in range(ids.shape[0]):
@@ -41,7 +34,7 @@ def multi_hot(ids: Any, num_experts: int, out: Any) -> None:
                     out[t, layer, expert] = 1
 
 
-@_compiled
+@kernel()
 def prior_blocks(
     smooth: Any, total: Any, counts: Any, pair_total: Any, pair_counts: Any, seen: Any, met: Any, out: Any, row: int
 ) -> None:
@@ -72,7 +65,7 @@ def prior_blocks(
         out[2, row, key] = value
 
 
-@_compiled
+@kernel()
 def past_blocks(smooth: Any, before: Any, faded: Any, out: Any, row: int) -> None:
     """The blocks of past routing of one token, ``out[3.., row]``: the last token's choices, then the fading sums less share."""
     for key in range(len(smooth)):
@@ -81,7 +74,7 @@ def past_blocks(smooth: Any, before: Any, faded: Any, out: Any, row: int) -> Non
             out[4 + rate, row, key] = 3 * (faded[rate, key] - smooth[key])
 
 
-@_compiled
+@kernel()
 def finish_token(ids: Any, num_experts: int, fades: Any, before: Any, faded: Any, met: Any) -> None:
     """Take the choices (L, K) of a finished token into the fading sums, the last token's choices and its word's counts."""
     for key in range(len(before)):
@@ -99,7 +92,7 @@ def finish_token(ids: Any, num_experts: int, fades: Any, before: Any, faded: Any
                     faded[rate, key] += np.float32(1) - fades[rate]
 
 
-@_compiled
+@kernel()
 def document_blocks(
     ids: Any,
     num_experts: int,
@@ -157,7 +150,7 @@ def document_blocks(
         seen[word] += 1
 
 
-@_compiled
+@kernel()
 def document_past(ids: Any, num_experts: int, fades: Any, before: Any, faded: Any) -> None:
     """Past routing of every token of one document.
 

@@ -7,23 +7,17 @@ memory, so they stay in half precision, as they lie in the file, and are widened
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import llvmlite.binding as llvm
-import numba
 import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic, overload
 
-Function = TypeVar("Function", bound=Callable[..., Any])
+from swapless.compiled import kernel, part_of
 
-
-def _compiled(function: Function) -> Function:
-    compiled: Any = numba.njit(cache=True, nogil=True, fastmath={"reassoc", "contract", "nsz"})(function)
-    return compiled
-
+_compiled: Any = kernel(fastmath={"reassoc", "contract", "nsz"})
 
 _X86 = llvm.get_default_triple().startswith(("x86", "i686"))
 HALF = bool(not _X86 or llvm.get_host_cpu_features().get("f16c"))
@@ -57,6 +51,9 @@ def _wide(weight):  # type: ignore[no-untyped-def]
     if weight == types.uint16:
         return lambda weight: _widened(weight)
     return lambda weight: weight
+
+
+part_of(wide, _wide)
 
 
 @_compiled

@@ -13,14 +13,12 @@ experts of the call, nor on the number of threads, nor on which of its instructi
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numba import cfunc, njit, types
 
-from swapless.cache.compiled import drop_stale
+from swapless.compiled import CFunction, kernel
 from swapless.runtime.kernels_call import (
     ACTIVATION,
     BITS,
@@ -63,8 +61,6 @@ from swapless.store.matrix import COLUMN_BLOCK, ROW_BLOCK, MatrixLayout
 ACTIVATIONS = {"silu": SILU, "gelu_tanh": GELU_TANH}
 """What a call can apply as ``activation(gate) * up``."""
 
-drop_stale(Path(__file__).resolve().parent)
-
 _AT_ONCE = 4
 """Tokens that share one walk over the weights: as many as the sums of fit in registers."""
 
@@ -74,9 +70,7 @@ _product_8_tiles, _product_4_tiles = tile_product(8), tile_product(4)
 _round, _gate = rounding(), gating()
 _scratch = stack_of(2 * TILE_TOKENS * ROW_BLOCK)
 
-_inlined: Any = njit(cache=True, nogil=True, error_model="numpy", boundscheck=False)
-_cfunc: Any = cfunc
-_on_threads: Any = _cfunc(types.void(types.voidptr), cache=True, nopython=True, error_model="numpy", boundscheck=False)
+_inlined: Any = kernel(error_model="numpy", boundscheck=False)
 
 
 @_inlined
@@ -180,8 +174,7 @@ def _all_tasks(call):  # type: ignore[no-untyped-def]
         _down(call, expert, task % out_blocks)
 
 
-@_on_threads
-def _tasks(data):  # type: ignore[no-untyped-def]
+def _work(data):  # type: ignore[no-untyped-def]
     """Work on a call; runs on every thread."""
     call = address_of(data)
     if read_int(call + TILES):
@@ -190,6 +183,9 @@ def _tasks(data):  # type: ignore[no-untyped-def]
         restore_tiles(before)
     else:
         _all_tasks(call)
+
+
+_tasks = CFunction(_work, error_model="numpy", boundscheck=False)
 
 
 def perform(call_address: int) -> None:

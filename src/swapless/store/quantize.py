@@ -7,16 +7,15 @@ depends on the machine: the same weights always give the same bytes.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from numba import njit
 
+from swapless.compiled import kernel
 from swapless.errors import CheckpointCorruptError, message
 from swapless.store.matrix import ROW_BLOCK, MatrixLayout
 
-_compiled: Callable[..., Any] = njit(cache=True, nogil=True, error_model="numpy", fastmath={"nnan", "nsz"})
+_compiled: Any = kernel(error_model="numpy", fastmath={"nnan", "nsz"})
 
 _INFINITE = np.uint32(0x7F800000)
 

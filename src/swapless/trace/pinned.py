@@ -10,8 +10,8 @@ from __future__ import annotations
 from typing import Any, no_type_check
 
 import numpy as np
-from numba import njit
 
+from swapless.compiled import kernel
 from swapless.trace.stacks import NEXT_USE, key_bits, next_uses
 
 
@@ -30,7 +30,7 @@ def pinned_hits(
     return found, first
 
 
-@njit(cache=True, nogil=True)
+@kernel()
 @no_type_check
 def _pinned_pass(
     refs: Any, offsets: Any, width: int, rule: int, kept: bool, id_bits: int, shift: int, coming: Any, found: Any, first: Any

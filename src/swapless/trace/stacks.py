@@ -14,8 +14,8 @@ from __future__ import annotations
 from typing import Any, no_type_check
 
 import numpy as np
-from numba import njit
 
+from swapless.compiled import kernel
 from swapless.errors import UsageError, message
 
 LOOKAHEAD, FREQUENCY, NEXT_USE, RECENCY = 0, 1, 2, 3
@@ -74,7 +74,7 @@ def stack_hits(
     return found, first
 
 
-@njit(cache=True, nogil=True)
+@kernel()
 @no_type_check
 def next_uses(refs: Any, offsets: Any, width: int, kept: bool) -> Any:
     """For each reference the index of the next one to the same expert, -1 if there is none (within the document)."""
@@ -93,7 +93,7 @@ def next_uses(refs: Any, offsets: Any, width: int, kept: bool) -> Any:
     return coming
 
 
-@njit(cache=True, nogil=True)
+@kernel()
 @no_type_check
 def _carry(stack: Any, size: int, old_key: int, new_key: int) -> int:
     """Put ``new_key`` on top; each place below keeps the higher of what it held and what is carried down.
@@ -115,7 +115,7 @@ def _carry(stack: Any, size: int, old_key: int, new_key: int) -> int:
     return size
 
 
-@njit(cache=True, nogil=True)
+@kernel()
 @no_type_check
 def _stack_pass(
     refs: Any, offsets: Any, width: int, rule: int, window: int, live: bool, kept: bool, id_bits: int, shift: int,
@@ -178,7 +178,7 @@ def _stack_pass(
                     size += 1
 
 
-@njit(cache=True, nogil=True)
+@kernel()
 @no_type_check
 def _recency_pass(refs: Any, offsets: Any, width: int, kept: bool, found: Any, first: Any) -> None:
     """The stack of LRU, token by token: what was used goes on top, the last one highest, and the rest keeps its order."""
