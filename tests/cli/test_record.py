@@ -96,9 +96,11 @@ def test_a_text_and_prompts(swapless, checkpoint, tmp_path):
     (tmp_path / "text.txt").write_text(TEXTS["tale"], encoding="utf-8")
     (tmp_path / "prompts.txt").write_text("One and one\n\nThe cat sat\n", encoding="utf-8")
     for option, name, documents in (("--text", "text.txt", 1), ("--prompts", "prompts.txt", 2)):
-        done = swapless("record", checkpoint, option, tmp_path / name, "--out", tmp_path / "t.parquet", "--max-tokens", 20)
+        done = swapless(
+            "record", checkpoint, option, tmp_path / name, "--out", tmp_path / f"{name}.parquet", "--max-tokens", 20
+        )
         assert done.exit_code == 0, done.stderr
-        trace = read_trace(tmp_path / "t.parquet")
+        trace = read_trace(tmp_path / f"{name}.parquet")
         assert trace.num_documents == documents and set(trace.phase.tolist()) == {Phase.PREFILL}
 
 

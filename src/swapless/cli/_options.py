@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import typer
 
+from swapless.atomic import check_output
 from swapless.errors import UnknownNameError, UsageError, message
 from swapless.units import parse_share, parse_size
 
@@ -52,16 +53,46 @@ def exclusive(**given: Any) -> None:
         raise UsageError(f"{' and '.join(names)} exclude each other. Give one of them.")
 
 
-def folder_of_page(html: Path | None) -> None:
-    """Refuse a page whose folder does not exist, before anything is computed for it.
+def output(option: str, path: Path | None, *, force: bool, inputs: Iterable[object] = ()) -> None:
+    """Refuse a file that cannot or may not be written, before anything is computed for it.
+
+    Parameters
+    ----------
+    option : str
+        The option that names the file.
+    path : Path or None
+        The file; None is no file.
+    force : bool
+        Whether one that exists may be replaced.
+    inputs : iterable of paths
+        What the verb reads; None among them is left out.
 
     Raises
     ------
     UsageError
-        There is no such folder.
+        Its folder does not exist, it is there already and ``force`` is not given, it is one of the inputs, or is no file.
+    WriteError
+        Nothing can be written there.
     """
-    if html is not None and not html.absolute().parent.is_dir():
-        raise UsageError(message("The folder of the page does not exist.", got=html.parent))
+    if path is None:
+        return
+    if not path.absolute().parent.is_dir():
+        folder = "The folder of the page" if option == "--html" else f"The folder for {option}"
+        raise UsageError(message(f"{folder} does not exist.", got=path, step="Create it first."))
+    check_output(path, force=force, inputs=inputs)
+
+
+def input_file(what: str, path: Path | None) -> None:
+    """Refuse an input that is no file, before anything is loaded: ``what`` as messages say it; None is no input.
+
+    Raises
+    ------
+    UsageError
+        There is no such file, or it is none.
+    """
+    if path is not None and not path.is_file():
+        why = "it is no file" if path.exists() else "there is no such file"
+        raise UsageError(message(f"{what} cannot be read: {why}.", got=path))
 
 
 def set_threads(threads: int | None) -> None:
@@ -117,3 +148,5 @@ Context = Annotated[int | None, typer.Option(min=1, metavar="TOKENS", help="Most
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no summary.")]
 OutPath = Annotated[Path, typer.Option("--out", metavar="PATH", help="File to write.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace an output that is there already.")]
+Html = Annotated[Path | None, typer.Option(metavar="FILE", help="Write one self-contained page with charts.")]

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from swapless.cli._options import Json, Quiet, exclusive, folder_of_page
+from swapless.cli._options import Force, Html, Json, Quiet, exclusive, output
 from swapless.cli._trace_options import Documents, Domain, ModelId, PhaseName, number_list, opened_trace
 from swapless.cli.out import Out
 
@@ -21,7 +20,8 @@ def locality(
     cache_ratios: Annotated[
         str, typer.Option(metavar="LIST", help="Cache sizes as multiples of the K experts that a token needs.")
     ] = "1,2,3",
-    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write one self-contained page with charts.")] = None,
+    html: Html = None,
+    force: Force = False,
     json: Json = False,
     documents: Documents = None,
     domain: Domain = None,
@@ -36,7 +36,7 @@ def locality(
     lengths = [int(number) for number in number_list(segments, what="--segments", whole=True)]
     ratios = number_list(cache_ratios, what="--cache-ratios", whole=False)
     out = Out(as_json=json, quiet=quiet)
-    folder_of_page(html)
+    output("--html", html, force=force, inputs=traces)
 
     from swapless.cli._survey import json_lines, survey
 
@@ -55,7 +55,7 @@ def locality(
             result["trace"] = {"file": path.name, **result["trace"]}
             results.append(result)
     if json:
-        sys.stdout.writelines(json_lines(results))
+        out.json_lines(json_lines(results))
         return
     for result in results:
         _print(out, result)

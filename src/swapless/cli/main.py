@@ -6,10 +6,13 @@ only with ``SWAPLESS_DEBUG=1`` in the environment, or where the error is a bug o
 
 from __future__ import annotations
 
+import errno
 import functools
 import gc
+import io
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from importlib import import_module
 from typing import Annotated, Any
@@ -17,7 +20,8 @@ from typing import Annotated, Any
 import typer
 
 from swapless import __version__
-from swapless.errors import SwaplessError, UsageError
+from swapless.cli.out import complain, open_standard_streams, stdout_error
+from swapless.errors import SwaplessError, UsageError, message
 
 __all__ = ["app", "main"]
 
@@ -36,6 +40,9 @@ VERBS = {
     "oracle": "swapless.cli.oracle:VERBS",
     "demo": "swapless.cli.demo:demo",
 }
+
+_NAMES_OF_FILES = ("checkpoint", "path", "prefetch", "tokenizer")
+"""Options and arguments that are text but may name a file."""
 
 app = typer.Typer(
     name="swapless",
@@ -69,14 +76,44 @@ def _guarded(verb: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(verb)
     def call(*arguments: Any, **options: Any) -> Any:
         try:
+            _check_text(options)
             return verb(*arguments, **options)
         except SwaplessError as error:
             if os.environ.get("SWAPLESS_DEBUG"):
                 raise
-            print(f"Error: {error}", file=sys.stderr)
+            complain(f"Error: {error}")
             raise typer.Exit(2 if isinstance(error, UsageError) else 1) from None
+        except OSError as error:
+            if error.errno == errno.EPIPE or os.environ.get("SWAPLESS_DEBUG"):
+                raise  # click ends a process whose reader went away
+            complain(f"Error: {_of_the_system(error)}")
+            raise typer.Exit(1) from None
 
     return call
+
+
+def _of_the_system(error: OSError) -> str:
+    """What the operating system refused: a file that cannot be read, a disk that is full."""
+    reason = error.strerror or str(error) or type(error).__name__
+    return message(f"{reason[:1].upper()}{reason[1:].rstrip('.')}.", where=error.filename)
+
+
+def _check_text(options: dict[str, Any]) -> None:
+    """Refuse text with bytes that are not UTF-8: no tokenizer and no header could take it. Names of files may have them."""
+    for name, value in options.items():
+        if name in _NAMES_OF_FILES:
+            continue
+        for text in value if isinstance(value, (list, tuple)) else [value]:
+            if isinstance(text, str) and not text.isascii():
+                try:
+                    text.encode("utf-8")
+                except UnicodeEncodeError as error:
+                    what = f"--{name.replace('_', '-')} is not UTF-8 text."
+                    raise UsageError(message(what, got=f"a wrong byte at character {error.start}")) from None
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+    complain(f"Warning: {message}")
 
 
 def _register() -> None:
@@ -97,7 +134,17 @@ _register()
 
 def main() -> None:
     """Run the command line with the arguments of this process."""
+    open_standard_streams()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal that is not UTF-8 shows what it can
+            stream.reconfigure(errors="backslashreplace")
+    warnings.showwarning = _show_warning
     try:
         app()
+    except OSError as error:  # outside of a verb: help into a full disk
+        if os.environ.get("SWAPLESS_DEBUG"):
+            raise
+        complain(f"Error: {stdout_error(error)}")
+        sys.exit(1)
     finally:
         gc.freeze()  # or the interpreter, on its way out, looks through all of torch and transformers for garbage: 0.8 s

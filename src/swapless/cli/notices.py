@@ -3,30 +3,27 @@
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Callable
 
 
 class _Notices(logging.Handler):
     """Warnings in any case; what is only good to know as a note, which ``--quiet`` drops."""
 
-    def __init__(self, note: Callable[[str], None]) -> None:
+    def __init__(self, note: Callable[[str], None], warn: Callable[[str], None]) -> None:
         super().__init__()
-        self._note = note
+        self._note, self._warn = note, warn
 
     def emit(self, record: logging.LogRecord) -> None:
         """Print one record."""
-        if record.levelno >= logging.WARNING:
-            print(record.getMessage(), file=sys.stderr)
-        else:
-            self._note(record.getMessage())
+        say = self._warn if record.levelno >= logging.WARNING else self._note
+        say(record.getMessage())
 
 
-def hear(note: Callable[[str], None], quiet: bool) -> None:
-    """Pass what ``swapless`` logs on to ``note``, instead of to the sink of an earlier verb of this process."""
+def hear(note: Callable[[str], None], warn: Callable[[str], None], quiet: bool) -> None:
+    """Pass what ``swapless`` logs on to ``note`` and ``warn``, instead of to the sink of an earlier verb of this process."""
     logger = logging.getLogger("swapless")
     logger.setLevel(logging.WARNING if quiet else logging.INFO)
     for handler in list(logger.handlers):
         if isinstance(handler, _Notices):
             logger.removeHandler(handler)
-    logger.addHandler(_Notices(note))
+    logger.addHandler(_Notices(note, warn))

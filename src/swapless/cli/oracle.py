@@ -7,10 +7,14 @@ from typing import Annotated, Any
 
 import typer
 
-from swapless.cli._options import Json, Quiet, Threads, exclusive, folder_of_page, set_threads
+from swapless.atomic import check_output_folder
+from swapless.cli._options import Force, Json, Quiet, Threads, exclusive, input_file, output, set_threads
 from swapless.cli.out import Out
 
 __all__ = ["VERBS"]
+
+RUN_FILES = ("recipe.json",)
+"""What the folder of a run that was begun holds."""
 
 Corpus = Annotated[Path, typer.Option(metavar="FILE", help="Parquet file with columns domain, source, licence, text.")]
 Tokenizer = Annotated[
@@ -36,6 +40,8 @@ def train(
     values: dict[str, Any] = _recipe_file(recipe) | {"router": router, "size": size, "warmup": warmup, "seed": seed}
     values |= {name: value for name, value in (("steps", steps), ("warmup_steps", warmup_steps)) if value is not None}
     out = Out(quiet=quiet)
+    input_file("The corpus", corpus)
+    check_output_folder(run, inputs=(corpus, recipe, tokenizer), ours=RUN_FILES)
     from swapless.oracle.recipe import Recipe
     from swapless.oracle.train import train as train_run
 
@@ -70,6 +76,9 @@ def fit(
     quiet: Quiet = False,
 ) -> None:
     """Fit a router's groups and space to a warmed-up model and write the model that it makes, its experts still copies."""
+    sink = Out(as_json=json, quiet=quiet)
+    input_file("The corpus", corpus)
+    check_output_folder(out, inputs=(checkpoint, corpus))
     import torch
 
     from swapless.errors import UsageError, message
@@ -80,7 +89,6 @@ def fit(
     from swapless.oracle.fork import fork
     from swapless.oracle.train import export, special_tokens
 
-    sink = Out(as_json=json, quiet=quiet)
     model = load_model(checkpoint)
     if not model.config.trained:
         raise UsageError(
@@ -91,8 +99,6 @@ def fit(
                 step="Train first.",
             )
         )
-    if out.exists():
-        raise UsageError(message("The folder is there already.", got=out, step="Name another."))
     set_threads(threads)
     with sink.progress() as progress:
         progress("reading the corpus", 0.0)
@@ -141,16 +147,19 @@ def compare(
     html: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write a page with the table and the activation strips.")
     ] = None,
+    force: Force = False,
     threads: Threads = None,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Put twins side by side: loss on held-out text, experts changed, and what a small cache would have to read."""
     exclusive(json=json, html=html)
+    out = Out(as_json=json, quiet=quiet)
+    input_file("The corpus", corpus)
+    results_of_runs = (run / "result.json" if run.is_dir() else run for run in runs)
+    output("--html", html, force=force, inputs=(corpus, *results_of_runs))
     from swapless.oracle.compare import measure_run, read_result, recovered, rows_of
 
-    out = Out(as_json=json, quiet=quiet)
-    folder_of_page(html)
     set_threads(threads)
     results = []
     with out.progress() as progress:

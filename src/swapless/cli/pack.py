@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from swapless.atomic import check_output_folder
 from swapless.cli import _options as options
 from swapless.cli.out import Out
 from swapless.cli.perplexity import Text, measure, read_text
@@ -39,6 +40,9 @@ def pack(
     if tokens is not None and text is None:
         raise UsageError("--tokens says how much of --text is scored. Give --text too.")
     given = None if text is None else read_text(text)
+    from swapless.store.packed import JOURNAL, MANIFEST
+
+    check_output_folder(out_path, inputs=(checkpoint, text), ours=(MANIFEST, JOURNAL))
     out = Out(as_json=as_json, quiet=quiet)
     with out.progress() as progress:
         progress("Starting", 0.0)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from os.path import realpath
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from swapless.cli._options import Json, OutPath, Quiet, Threads, exclusive, folder_of_page, set_threads
+from swapless.cli._options import Force, Html, Json, OutPath, Quiet, Threads, exclusive, output, set_threads
 from swapless.cli._trace_options import Documents, Domain, ModelId, PhaseName, chosen_trace, number_list
 from swapless.cli.out import Out
+from swapless.errors import UsageError, message
 
 __all__ = ["VERBS"]
 
@@ -17,6 +19,7 @@ __all__ = ["VERBS"]
 def train(
     trace: Annotated[Path, typer.Argument(metavar="TRACE", help="The trace to learn from.")],
     out: OutPath,
+    force: Force = False,
     kind: Annotated[str, typer.Option(metavar="NAME", help="transformer, linear, token_prior, eam, ...")] = "transformer",
     documents: Documents = None,
     domain: Domain = None,
@@ -34,15 +37,15 @@ def train(
     """Fit a predictor to a trace and write it to a file."""
     import time
 
-    from swapless.errors import UsageError, message
     from swapless.predict import make_predictor
     from swapless.predict.saved import save_predictor
 
     exclusive(epochs=epochs, minutes=minutes)
     sink = Out(as_json=json, quiet=quiet)
-    for path in (out, checkpoint):
-        if path is not None and not path.absolute().parent.is_dir():
-            raise UsageError(message("The folder to write to does not exist.", got=path.absolute().parent))
+    output("--out", out, force=force, inputs=(trace,))
+    output("--checkpoint", checkpoint, force=True, inputs=(trace, out))  # one that exists is gone on from
+    if checkpoint is not None and realpath(checkpoint) == realpath(out):
+        raise UsageError(message("--checkpoint and --out must be two files.", got=out))
     given = {"epochs": epochs, "minutes": minutes, "checkpoint": checkpoint, "seed": seed}
     options = {name: value for name, value in given.items() if value is not None} | _options(option or [])
     predictor = make_predictor(kind, **options)
@@ -84,7 +87,8 @@ def evaluate(
     domain: Domain = None,
     phase: PhaseName = None,
     model_id: ModelId = None,
-    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write one self-contained page with charts.")] = None,
+    html: Html = None,
+    force: Force = False,
     threads: Threads = None,
     json: Json = False,
     quiet: Quiet = False,
@@ -96,7 +100,7 @@ def evaluate(
 
     exclusive(json=json, html=html)
     out = Out(as_json=json, quiet=quiet)
-    folder_of_page(html)
+    output("--html", html, force=force, inputs=(predictor, trace))
     fitted = load_predictor(predictor)
     leads = list(dict.fromkeys(parse_lead(part, fitted.fitted_.num_moe_layers) for part in lead.split(",")))
     wide = None if widths is None else [int(width) for width in number_list(widths, what="--widths", whole=True)]
@@ -122,8 +126,6 @@ VERBS = {"train": train, "eval": evaluate}
 def _options(given: list[str]) -> dict[str, Any]:
     """Settings of ``--set NAME=VALUE``: numbers and lists as JSON has them, else text."""
     import json
-
-    from swapless.errors import UsageError, message
 
     options: dict[str, Any] = {}
     for text in given:

@@ -20,6 +20,7 @@ __all__ = ["record"]
 def record(
     checkpoint: options.Checkpoint,
     out_path: Annotated[Path, typer.Option("--out", metavar="FILE", help="Where the trace goes (.parquet).")],
+    force: options.Force = False,
     text: Annotated[Path | None, typer.Option(metavar="FILE", help="One document: a text file.")] = None,
     corpus: Annotated[
         Path | None, typer.Option(metavar="PARQUET", help="A document a row: column text, and domain if there is one.")
@@ -39,13 +40,13 @@ def record(
 ) -> None:
     """Record which experts a model routes to: prefill of every document, and real decode steps after it."""
     options.exclusive(memory=memory, resident=resident)
-    given = [path for path in (text, corpus, prompts) if path is not None]
+    inputs = {"The text": text, "The corpus": corpus, "The file of prompts": prompts}
+    given = {name: path for name, path in inputs.items() if path is not None}
     if len(given) != 1:
         raise UsageError("Give exactly one of --text, --corpus and --prompts.")
-    if not given[0].is_file():
-        raise UsageError(message("There is no such file to read documents from.", got=given[0]))
-    if not out_path.absolute().parent.is_dir():
-        raise UsageError(message("The folder for --out does not exist.", got=out_path, step="Create it first."))
+    for name, path in given.items():
+        options.input_file(name, path)
+    options.output("--out", out_path, force=force, inputs=(checkpoint, *given.values()))
     out = Out(as_json=as_json, quiet=quiet)
     budget = {"memory": memory, "resident": resident} if memory or resident else {"memory": "auto"}
     with open_model(str(checkpoint), out, threads=threads, policy=policy, context=context, **budget) as model:

@@ -37,6 +37,7 @@ def run(
     policy: options.Policy = DEFAULT_POLICY,
     prefetch: options.Prefetch = "auto",
     record: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the routing as a trace (.parquet).")] = None,
+    force: options.Force = False,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
@@ -49,8 +50,7 @@ def run(
         raise UsageError("There is nothing to continue. Give --prompt TEXT, --prompt - to read stdin, or --chat to talk.")
     if prompt is None and as_json:
         raise UsageError("--json prints one document for one prompt. Give --prompt with it.")
-    if record is not None and not record.absolute().parent.is_dir():
-        raise UsageError(f"The folder for --record does not exist. Got: {record}. Create it first.")
+    options.output("--record", record, force=force, inputs=(checkpoint, prefetch))
     text = None if prompt is None else read_prompt(prompt)
     sampling = Sampling(
         max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, stop=tuple(filter(None, stop or ())), seed=seed

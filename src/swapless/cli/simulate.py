@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from swapless.cli._options import Json, Quiet, exclusive, folder_of_page
+from swapless.cli._options import Force, Html, Json, Quiet, exclusive, output
 from swapless.cli._trace_options import Documents, chosen_trace
 from swapless.cli.out import Out
 
@@ -46,7 +46,8 @@ def simulate(
     documents: Documents = None,
     protocol: Annotated[str | None, typer.Option(metavar="NAME", help="A published protocol instead: moe-beyond.")] = None,
     predictions: Annotated[Path | None, typer.Option(metavar="DIR", help="Its predictions, a CSV file a text.")] = None,
-    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write one self-contained page with charts.")] = None,
+    html: Html = None,
+    force: Force = False,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -56,7 +57,7 @@ def simulate(
     exclusive(json=json, html=html)
     exclusive(protocol=protocol, prefetch=prefetch)
     out = Out(as_json=json, quiet=quiet)
-    folder_of_page(html)
+    output("--html", html, force=force, inputs=(trace, prefetch, predictions))
     sizes = _capacities(capacity)
     if protocol is not None or predictions is not None:
         rows = _published(protocol, predictions, sizes)

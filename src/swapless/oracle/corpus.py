@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow.parquet as pq
 from transformers import PreTrainedTokenizerFast
 
+from swapless.atomic import write_whole
 from swapless.errors import UsageError, message
 from swapless.oracle.split import held_out_mask
 
@@ -80,12 +81,15 @@ def token_streams(
         for domain, texts in texts_by_domain.items():
             encoded = tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False)
             streams[domain] = np.concatenate([np.array([*e.ids, tokenizer.eos_token_id], np.int32) for e in encoded])
-        partial = cached.with_name("partial-" + cached.name)
         cache_dir.mkdir(parents=True, exist_ok=True)
-        np.savez(partial, allow_pickle=False, **streams)
-        partial.replace(cached)
+        write_whole(cached, lambda part: _save_streams(part, streams))
     with np.load(cached) as stored:
         return {domain: stored[domain] for domain in texts_by_domain}
+
+
+def _save_streams(part: Path, streams: dict[str, np.ndarray]) -> None:
+    with part.open("wb") as file:  # of a path, numpy would change the name's end
+        np.savez(file, allow_pickle=False, **streams)
 
 
 class WindowSampler:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
-from swapless.atomic import write_json, write_whole
+from swapless.atomic import whole_folder, write_json, write_whole
 from swapless.errors import UsageError, message
 from swapless.oracle.corpus import WindowSampler
 from swapless.oracle.fit import fit_routers
@@ -200,7 +200,7 @@ class Trainer:
             "fit_notes": self.fit_notes,
         }
         if self._accelerator.is_main_process:
-            write_whole(path, lambda part: torch.save(state, part))
+            write_whole(path, lambda part: _save_state(state, part))
 
     def restore(self, path: Path, *, shared: bool = False) -> None:
         """Go on from a checkpoint of the same recipe, or from a ``shared`` warm-up.
@@ -277,8 +277,9 @@ def train(
         raise UsageError(message("Training needs accelerate.", step="pip install accelerate scikit-learn")) from error
 
     exported = run / "model"
-    if (exported / "config.json").exists():
+    if (run / "recipe.json").exists():
         _same_recipe(run, recipe)
+    if (exported / "config.json").exists():
         return exported
     run.mkdir(parents=True, exist_ok=True)
     accelerator = Accelerator(mixed_precision=recipe.precision, cpu=not torch.cuda.is_available())
@@ -315,6 +316,11 @@ def train(
         export(trainer.model, tokenizer, exported)
         checkpoint.unlink(missing_ok=True)
     return exported
+
+
+def _save_state(state: dict[str, Any], part: Path) -> None:
+    with part.open("wb") as file:  # an opened file keeps the reason of a failed write, a path loses it
+        torch.save(state, file)
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
@@ -360,7 +366,6 @@ def export(model: OracleMoeForCausalLM, tokenizer: PreTrainedTokenizerFast, fold
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
-    partial = folder.with_name(f".{folder.name}.part")
-    model.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    partial.replace(folder)
+    with whole_folder(folder) as part:
+        model.save_pretrained(part)
+        tokenizer.save_pretrained(part)

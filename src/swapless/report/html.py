@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 import os
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
-from swapless.atomic import write_whole
+from swapless.atomic import write_text
 from swapless.report import figures, maps
 from swapless.report.figures import Chart
 from swapless.report.results import Result, results_of
@@ -58,12 +57,7 @@ def page(documents: list[dict[str, Any]]) -> str:
 
 def write_page(path: str | os.PathLike[str], documents: list[dict[str, Any]]) -> None:
     """Write the page, whole or not at all."""
-    text = page(documents)
-
-    def write(part: Path) -> None:
-        part.write_text(text, encoding="utf-8")
-
-    write_whole(path, write)
+    write_text(path, page(documents))
 
 
 def _script(value: Any) -> str:

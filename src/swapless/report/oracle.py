@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from swapless.atomic import write_whole
+from swapless.atomic import write_text
 
 __all__ = ["write_page"]
 
@@ -75,8 +74,4 @@ def write_page(
     environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     strips = [strip for strip in map(strip_of, results) if strip is not None]
     text = environment.get_template("oracle.html.j2").render(rows=rows, kept=kept, strips=strips)
-
-    def write(part: Path) -> None:
-        part.write_text(text, encoding="utf-8")
-
-    write_whole(path, write)
+    write_text(path, text)

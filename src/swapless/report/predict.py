@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from pathlib import Path
 from typing import Any
 
-from swapless.atomic import write_whole
+from swapless.atomic import write_text
 from swapless.report.figures import GREY, Chart, layout, line, with_legend
 
 _COLOURS = ("#2563eb", "#d97706", "#059669", "#7c3aed", "#db2777", "#0891b2")
@@ -156,8 +155,4 @@ def write_page(path: str | os.PathLike[str], rows: list[Row], *, name: str) -> N
     figures = json.dumps([{"name": chart.name, **chart.figure} for chart in charts], allow_nan=False).replace("<", "\\u003c")
     template = environment.get_template("predict.html.j2")
     text = template.render(name=name, charts=charts, full=full, called=_called, figures=figures, plotly=get_plotlyjs())
-
-    def write(part: Path) -> None:
-        part.write_text(text, encoding="utf-8")
-
-    write_whole(path, write)
+    write_text(path, text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import warnings
 from collections.abc import Callable
@@ -13,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from swapless.atomic import write_whole
+from swapless.atomic import WholeFile, saying_where, write_whole
 from swapless.errors import TraceFormatError, TraceMismatchError, TraceMissingError, TraceValueError, message
 from swapless.notation import Phase
 from swapless.trace.checks import check_trace
@@ -84,8 +85,7 @@ class TraceWriter:
     def __init__(self, path: str | os.PathLike[str], header: TraceHeader) -> None:
         self.header = header
         self.num_tokens = 0
-        self._final = Path(path)
-        self._part = self._final.with_name(f".{self._final.name}.{os.getpid()}.part")
+        self._file = WholeFile(path)
         self._writer: pq.ParquetWriter | None = None
 
     def __enter__(self) -> TraceWriter:
@@ -98,28 +98,34 @@ class TraceWriter:
         ------
         TraceMismatchError
             Another header, or other columns than the first piece had.
+        WriteError
+            The disk is full, or the folder cannot be written.
         """
         if trace.header != self.header:
             raise TraceMismatchError(message("A piece has another header than its trace.", got=trace.header.model_id))
         table = table_of_trace(trace)
         if self._writer is None:
-            self._writer = pq.ParquetWriter(self._part, table.schema, **_ENCODING)
+            self._file.__enter__()
+            with saying_where(self._file.path):
+                self._writer = pq.ParquetWriter(self._file.part, table.schema, **_ENCODING)
         elif self._writer.schema != table.schema:
             what = "A piece has other columns than the first one."
             raise TraceMismatchError(message(what, got=table.column_names, allowed=self._writer.schema.names))
-        self._writer.write_table(table, row_group_size=max(1, len(table)))
+        with saying_where(self._file.path):
+            self._writer.write_table(table, row_group_size=max(1, len(table)))
         self.num_tokens += len(trace)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trail: TracebackType | None) -> None:
         try:
             if self._writer is not None:
-                self._writer.close()
+                with saying_where(self._file.path) if kind is None else contextlib.suppress(OSError):
+                    self._writer.close()  # writes the footer; after an error, such as a full disk, it only lets go
             if kind is None:
                 if self._writer is None:
-                    raise TraceValueError(message("A trace needs at least one token.", where=self._final, got="no piece"))
-                os.replace(self._part, self._final)
+                    raise TraceValueError(message("A trace needs at least one token.", where=self._file.path, got="no piece"))
+                self._file.commit()
         finally:
-            self._part.unlink(missing_ok=True)
+            self._file.discard()
 
 
 _CODED = ["phase", "domain", "token", "expert_ids.list.element"]
