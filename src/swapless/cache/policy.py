@@ -33,8 +33,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
+
 from swapless.cache.compiled import OPTIONS
 from swapless.compiled import rule
+from swapless.errors import UsageError, message
 
 
 class Policy(Protocol):
@@ -51,9 +54,25 @@ class Policy(Protocol):
         ...
 
 
+def fresh_state(policy: Policy, num_moe_layers: int, num_experts: int, pools: int) -> Any:
+    """A fresh state of ``policy``, as compiled code may take it.
+
+    Raises
+    ------
+    UsageError
+        It is no ``NamedTuple`` of arrays: a policy from elsewhere does not keep the contract.
+    """
+    state = policy.state(num_moe_layers, num_experts, pools)
+    arrays = state if isinstance(state, tuple) and hasattr(state, "_fields") else (None,)
+    if not all(isinstance(array, np.ndarray) and array.flags.c_contiguous for array in arrays):
+        got = f"{type(state).__name__} from {type(policy).__name__}.state"
+        raise UsageError(message("A policy's state must be a NamedTuple of contiguous arrays.", got=got))
+    return state
+
+
 def state_bytes(policy: Policy, num_moe_layers: int, num_experts: int) -> int:
     """Memory of the policy's state, with a pool for each MoE layer."""
-    return sum(array.nbytes for array in policy.state(num_moe_layers, num_experts, num_moe_layers))
+    return sum(array.nbytes for array in fresh_state(policy, num_moe_layers, num_experts, num_moe_layers))
 
 
 def _rule(name: str) -> Callable[..., Any]:

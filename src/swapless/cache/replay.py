@@ -7,15 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import numpy as np
 
+from swapless.arrays import want, want_ids
 from swapless.cache import POLICIES
 from swapless.cache._loop import Tally, new_buffers, new_tally, replay_calls
 from swapless.cache.belady import future_state
 from swapless.cache.capacity import PoolKind, Pools, pools_for
-from swapless.cache.policy import Policy
+from swapless.cache.policy import Policy, fresh_state
 from swapless.cache.residency import empty_residency
 from swapless.cache.schedule import Schedule, schedule
 from swapless.errors import TraceFormatError, UsageError, message
@@ -239,7 +240,7 @@ class Setup:
         """Arguments of the compiled loop, some thousand calls at a time; a fresh cache and policy after every reset."""
         trace, plan, policy, pools = self.trace, self.plan, self.policy, self.pools
         layers, experts = trace.num_moe_layers, trace.num_experts
-        ids = np.ascontiguousarray(trace.expert_ids).view()
+        ids = np.ascontiguousarray(_checked_ids(trace)).view()
         ids.flags.writeable = False
         buffers = new_buffers(experts, int(np.diff(plan.starts).max()) * trace.top_k)
         optimum = getattr(policy, "optimum", False)
@@ -249,7 +250,7 @@ class Setup:
         for start, end in zip(self.resets.tolist(), ends.tolist()):
             residency = empty_residency(layers, experts, pools.pool_of_layer, pools.pool_slots, pools.floor)
             if not optimum:
-                state = policy.state(layers, experts, len(pools.pool_slots))
+                state = fresh_state(policy, layers, experts, len(pools.pool_slots))
             for first in range(start, end, _CHUNK_CALLS):
                 last = min(end, first + _CHUNK_CALLS)
                 scores = _scores(trace, policy, plan, first, last)
@@ -284,6 +285,8 @@ def prepare(
     if getattr(chosen, "needs_scores", False) and trace.router_scores is None:
         what, step = f"The policy {chosen.name!r} needs the column router_scores.", "Record with `swapless record --scores`."
         raise TraceFormatError(message(what, got="a trace without", step=step))
+    if not len(trace):
+        raise UsageError(message("A replay needs at least one token.", got="0 rows"))
     plan = schedule(trace, interleave=interleave)
     shape = (trace.num_moe_layers, trace.num_experts, trace.top_k)
     return Setup(
@@ -296,7 +299,14 @@ def prepare(
     )
 
 
+def _checked_ids(trace: Trace) -> np.ndarray:
+    """Ids of a trace, which may have been made without checks or changed after them: compiled code trusts them."""
+    ids = want(trace.expert_ids, "expert_ids", np.int16, (len(trace), trace.num_moe_layers, trace.top_k))
+    return want_ids(ids, trace.num_experts)
+
+
 def _scores(trace: Trace, policy: Any, plan: Schedule, first: int, last: int) -> np.ndarray:
     if trace.router_scores is None or not (getattr(policy, "needs_scores", False) or getattr(policy, "uses_scores", False)):
         return np.zeros((0, 0, 0), np.float32)
-    return cast(np.ndarray, trace.router_scores[plan.rows[plan.starts[first] : plan.starts[last]]].astype(np.float32))
+    scores = trace.router_scores[plan.rows[plan.starts[first] : plan.starts[last]]].astype(np.float32)
+    return want(scores, "router_scores", np.float32, (None, trace.num_moe_layers, trace.num_experts))

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from swapless.cache.compiled import compiled
+from swapless.errors import UsageError, message
 
 
 class Residency(NamedTuple):
@@ -44,7 +45,19 @@ def empty_residency(
     num_moe_layers: int, num_experts: int, pool_of_layer: Sequence[int], pool_slots: Sequence[int], floor: int = 0
 ) -> Residency:
     """All slots free. ``pool_of_layer`` names the pool of each MoE layer, ``pool_slots`` the slots of each pool, ``floor``
-    the slots that no other layer of its pool may take from one."""
+    the slots that no other layer of its pool may take from one.
+
+    Raises
+    ------
+    UsageError
+        A shape that cannot be: compiled code trusts what it finds here.
+    """
+    pools, keys = len(pool_slots), num_moe_layers * num_experts
+    known = len(pool_of_layer) == num_moe_layers and all(0 <= pool < pools for pool in pool_of_layer)
+    if num_moe_layers < 1 or num_experts < 1 or floor < 0 or not known or any(not 0 <= slots <= keys for slots in pool_slots):
+        got = f"{num_moe_layers} MoE layers, {num_experts} experts, pools {list(pool_of_layer)}, slots {list(pool_slots)}"
+        allowed = f"a pool from 0 to {pools - 1} for each MoE layer, 0 to {keys} slots a pool"
+        raise UsageError(message("Such pools cannot be.", got=f"{got}, floor {floor}", allowed=allowed))
     start = np.zeros(len(pool_slots) + 1, np.int32)
     start[1:] = np.cumsum(pool_slots)
     slots = int(start[-1])

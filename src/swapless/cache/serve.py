@@ -13,9 +13,22 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from swapless.arrays import want
 from swapless.cache.compiled import compiled, compiled_apart
-from swapless.cache.policy import Policy, admit, on_access, on_demand, on_document, on_evict, on_insert, on_scores, victim
+from swapless.cache.policy import (
+    Policy,
+    admit,
+    fresh_state,
+    on_access,
+    on_demand,
+    on_document,
+    on_evict,
+    on_insert,
+    on_scores,
+    victim,
+)
 from swapless.cache.residency import Residency, empty_residency
+from swapless.errors import UsageError, message
 from swapless.notation import Phase
 
 _PREFILL = int(Phase.PREFILL)
@@ -202,7 +215,7 @@ class ExpertCache:
     def reset(self) -> None:
         """Empty the cache and start the policy afresh."""
         self.residency: Residency = empty_residency(self.num_moe_layers, self.num_experts, self.pool_of_layer, self.pool_slots)
-        self._state = self.policy.state(self.num_moe_layers, self.num_experts, len(self.pool_slots))
+        self._state = fresh_state(self.policy, self.num_moe_layers, self.num_experts, len(self.pool_slots))
 
     def begin_document(self) -> None:
         """Tell the policy that a new text begins. What is resident stays."""
@@ -212,8 +225,16 @@ class ExpertCache:
         """Serve the experts of ``ids`` (int64, any shape; ids outside [0, E) stand for none). Changes the cache.
 
         ``scores`` float32 (tokens, E): the router's output for every expert, for the policies that use it.
+
+        Raises
+        ------
+        UsageError
+            A MoE layer that is not there, ids that are no integers, scores of another shape.
         """
+        if not 0 <= moe_layer < self.num_moe_layers or ids.dtype.kind != "i":
+            raise _no_request(moe_layer, ids, self.num_moe_layers)
         if scores is not None:
+            want(scores, "scores", np.float32, (None, self.num_experts))
             for row in scores:
                 _scored(self._state, self.residency, moe_layer, row)
         distinct, tokens, slot, wave, count = self._buffers
@@ -244,6 +265,11 @@ class ExpertCache:
             residency.free_slots[residency.pool_start[pool] + residency.free_count[pool]] = slot
             residency.free_count[pool] += 1
             _evicted(self._state, residency, pool, key)
+
+
+def _no_request(moe_layer: int, ids: np.ndarray, num_moe_layers: int) -> UsageError:
+    got, allowed = f"MoE layer {moe_layer}, ids of {ids.dtype}", f"0 to {num_moe_layers - 1}, integers"
+    return UsageError(message("No such request can be served.", got=got, allowed=allowed))
 
 
 @compiled

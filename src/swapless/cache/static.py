@@ -70,4 +70,6 @@ class Static:
         given = np.asarray(self.popularity, np.float64)
         if given.shape != uses.shape:
             raise UsageError(message("popularity has the wrong shape.", got=given.shape, allowed=f"(L, E) = {uses.shape}"))
+        if not np.isfinite(given).all():
+            raise UsageError(message("popularity must be finite numbers."))
         return StaticState(uses=given.reshape(-1).copy(), settle=np.zeros(1, np.int64))

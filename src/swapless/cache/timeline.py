@@ -249,7 +249,7 @@ def _known_bytes(trace: Trace, expert_bytes: int | None) -> int:
 
 def _ahead(foresight: Foresight, trace: Trace, room: int) -> Ahead:
     """State of reading ahead, before the first token."""
-    width = foresight.width or trace.top_k
+    width = min(foresight.width or trace.top_k, trace.num_experts)
     return Ahead(
         levels=np.ascontiguousarray(foresight.levels),
         lead=np.array([foresight.lead_layers()]),

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from swapless.locality._segments import check_segments
+from swapless.locality._segments import check_segments, layer_ids
 from swapless.trace.capacity import PIECE_DOCUMENTS, PIECE_TOKENS, Source
 from swapless.trace.parallel import Advance, nothing, spread
 from swapless.trace.trace import Trace
@@ -111,9 +111,9 @@ def balance(source: Source, segments: int | Sequence[int] = (16,), *, advance: A
 
     def work(item: tuple[Trace, int, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         piece, _, layer = item
-        ids, offsets = piece.expert_ids[:, layer].copy(), piece.document_offsets
+        ids, offsets = layer_ids(piece, layer)
         local, covered = np.zeros((len(lengths), 3)), np.zeros((experts, len(lengths)))
-        for number, window in enumerate(lengths):
+        for number, window in enumerate(min(length, len(piece) + 1) for length in lengths):
             logs = np.arange(max(2, window * ids.shape[1] + 1), dtype=np.float64)
             logs[1:] *= np.log(logs[1:])
             window_balance(ids, offsets, experts, window, logs, local[number], covered[:, number])

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from swapless.locality._segments import check_segments
+from swapless.locality._segments import check_segments, layer_ids
 from swapless.trace.capacity import PIECE_DOCUMENTS, PIECE_TOKENS, Source
 from swapless.trace.parallel import Advance, nothing, spread
 from swapless.trace.trace import Trace
@@ -105,11 +105,11 @@ def reuse(source: Source, segments: int | Sequence[int] = (16,), *, advance: Adv
 
     def work(item: tuple[Trace, int]) -> tuple[np.ndarray, np.ndarray, list[int]]:
         piece, layer = item
-        ids, offsets = piece.expert_ids[:, layer].copy(), piece.document_offsets
+        ids, offsets = layer_ids(piece, layer)
         counts, gaps = np.zeros(3, np.int64), np.zeros(int(np.diff(offsets).max()), np.int64)
         distances(ids, offsets, experts, counts, gaps)
         found = []
-        for window in lengths:
+        for window in (min(length, len(piece) + 1) for length in lengths):
             by_expert = np.zeros((experts, window + 1), np.int64)
             windows_at_least(ids, offsets, experts, window, by_expert, np.zeros((len(offsets) - 1, window + 1), np.int64))
             found.append(int(by_expert[:, 1].sum()))

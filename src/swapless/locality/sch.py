@@ -91,11 +91,13 @@ def sch_static(
     .. [1] arXiv:2505.16056, version 1, section 3.
     """
     from swapless.locality._kernels import ranked_uses
+    from swapless.trace.stacks import check_references
 
     def pass_of(window: int) -> StackPass:
         def kernel(refs: np.ndarray, offsets: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
+            check_references(refs, offsets, width)
             uses = np.zeros((len(offsets) - 1, width), np.int64)
-            ranked_uses(refs, offsets, width, window, uses)
+            ranked_uses(refs, offsets, width, min(window, len(refs) + 1), uses)
             return uses, np.zeros_like(uses)
 
         return StackPass("static", kernel, window)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from swapless.locality._segments import check_segments
+from swapless.locality._segments import check_segments, layer_ids
 from swapless.trace.capacity import PIECE_DOCUMENTS, PIECE_TOKENS, Source, document_labels
 from swapless.trace.parallel import Advance, nothing, spread
 from swapless.trace.trace import Trace
@@ -171,10 +171,11 @@ def srp(
 
     def work(item: tuple[Trace, int, int, int]) -> tuple[np.ndarray, np.ndarray]:
         piece, _, layer, number = item
-        experts, window, offsets = piece.num_experts, lengths[number], piece.document_offsets
+        ids, offsets = layer_ids(piece, layer)
+        experts, window = piece.num_experts, lengths[number]
         by_expert = np.zeros((experts, window + 1), np.int64)
         by_document = np.zeros((len(offsets) - 1, window + 1), np.int64)
-        windows_at_least(piece.expert_ids[:, layer].copy(), offsets, experts, window, by_expert, by_document)
+        windows_at_least(ids, offsets, experts, window, by_expert, by_document)
         windows = np.maximum(np.diff(offsets) - window + 1, 0)
         by_expert[:, 0] = windows.sum()
         by_document[:, 0] = windows * experts

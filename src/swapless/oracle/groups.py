@@ -10,6 +10,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from swapless.arrays import want
 from swapless.errors import UsageError, message
 from swapless.oracle._kernels import assign_groups
 from swapless.oracle.state import Documents, RouterState
@@ -57,6 +58,7 @@ def group_ids(
     """
     if scores.ndim != 3 or scores.shape[1] != scores.shape[2]:
         raise UsageError(message("Scores of whole sequences are square.", got=scores.shape, allowed="(B, T, T)"))
+    want(scores, "scores", (np.float32, np.float64), (None, None, None))
     if not 0 < fraction <= 1:
         raise UsageError(message("The share of members that must pass is out of range.", got=fraction, allowed="(0, 1]"))
     B, T, _ = scores.shape
@@ -92,11 +94,15 @@ def extend_groups(
     int64 ndarray of shape (B, N)
         Ids that count on over documents and calls.
     """
-    B, N, S = scores_BNS.shape
+    B, N = documents.grouped_from.shape
+    S = documents.past + N
+    want(scores_BNS, "scores", (np.float32, np.float64), (B, N, S))
     gid = np.full((B, S), -1, np.int32)
     if "gid" in state:
         gid[:, : S - N] = state["gid"].numpy()
     count = state["groups"].numpy().copy() if "groups" in state else np.zeros(B, np.int64)
+    want(count, "groups so far", np.int64, (B,))
+    want(threshold_BN, "threshold", np.float64, (B, N))
     assign_groups(scores_BNS, documents.grouped_from, threshold_BN, S - N, fraction, gid, count)
     state["gid"], state["groups"] = torch.from_numpy(gid), torch.from_numpy(count)
     return gid[:, S - N :].astype(np.int64)

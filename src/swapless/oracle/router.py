@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from swapless.arrays import want, want_ids
 from swapless.errors import NotFittedError, message
 from swapless.oracle._kernels import choose
 from swapless.oracle.config import OracleMoeConfig
@@ -143,6 +144,10 @@ class OracleMoeRouter(nn.Module):
         scores = scores_BNE.detach().float().cpu().numpy()
         B, N, _ = scores.shape
         previous = state["chosen"].numpy().copy() if "chosen" in state else np.full((B, self.top_k), -1, np.int64)
+        # A cache may be of another model, and the loop trusts what it holds.
+        want(scores, "scores", np.float32, (B, N, self.num_experts))
+        want(restart, "restart", np.int64, (B, N))
+        want_ids(want(previous, "experts of the token before", np.int64, (B, self.top_k)), self.num_experts)
         ids = np.empty((B, N, self.top_k), np.int64)
         choose(scores, restart, float(self.stay) if hasattr(self, "stay") else 0.0, previous, ids)
         state["chosen"] = torch.from_numpy(previous)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from swapless.arrays import want
 from swapless.errors import UnsupportedOperationError, message
 from swapless.oracle._kernels import FIRST, follow_documents
 
@@ -60,6 +61,8 @@ def follow(
         state_B7 = torch.zeros((len(valid), 7), dtype=torch.int64)
         state_B7[:, 3] = -1
     state_B7 = state_B7.clone()
+    want(ids, "input_ids", (np.int32, np.int64), valid.shape)
+    want(state_B7.numpy(), "documents so far", np.int64, (len(valid), 7))
     number, start, rank, hashed = (np.empty(valid.shape, np.int64) for _ in range(4))
     ends = -1 if end is None or ids_BN is None else end
     follow_documents(ids, valid, ends, past, state_B7.numpy(), number, start, rank, hashed)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from swapless.arrays import want
 from swapless.oracle._kernels import running_mean, running_mean_backward, top_mass
 from swapless.oracle.config import OracleMoeConfig
 from swapless.oracle.groups import extend_groups
@@ -39,6 +40,8 @@ class _RunningMean(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, h_BND: Tensor, slot: np.ndarray, decay: float, sums: Tensor, weights: Tensor) -> Tensor:
         h = h_BND.detach().float().cpu().contiguous()
+        want(slot, "slot", (np.int32, np.int64), h.shape[:2])
+        want(sums.numpy(), "sums", np.float64, (len(h), None, h.shape[2]))
         mean, weight_at = torch.empty_like(h), np.empty(slot.shape)
         running_mean(h.numpy(), slot, decay, sums.numpy(), weights.numpy(), mean.numpy(), weight_at)
         ctx.slot, ctx.decay, ctx.groups, ctx.weight_at, ctx.dtype = slot, decay, sums.shape[1], weight_at, h_BND.dtype
@@ -104,6 +107,7 @@ def _attended(view: View, config: OracleMoeConfig, tau: float, state: RouterStat
     """Mean of the earlier tokens that hold most of a token's attention, smoothed over tokens; keeps every hidden state."""
     share = view.probabilities()
     documents = view.documents
+    want(share.numpy(), "probabilities", np.float32, (*documents.rank.shape, documents.past + documents.rank.shape[1]))
     top_mass(share.numpy(), documents.grouped_from, documents.past, config.soft_mass)
     hidden = view.hidden_BND.detach().float().cpu()
     past = torch.cat([state["hidden"], hidden], dim=1) if "hidden" in state else hidden

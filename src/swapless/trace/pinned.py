@@ -12,7 +12,8 @@ from typing import Any, no_type_check
 import numpy as np
 
 from swapless.compiled import kernel
-from swapless.trace.stacks import NEXT_USE, key_bits, next_uses
+from swapless.errors import UsageError, message
+from swapless.trace.stacks import FREQUENCY, NEXT_USE, RECENCY, check_references, key_bits, next_uses
 
 
 def pinned_hits(
@@ -22,6 +23,9 @@ def pinned_hits(
 
     Parameters and results as in :func:`swapless.trace.stacks.stack_hits`; ``rule`` is RECENCY, FREQUENCY or NEXT_USE.
     """
+    check_references(refs, offsets, width)
+    if rule not in (RECENCY, FREQUENCY, NEXT_USE):
+        raise UsageError(message("There is no such rule.", got=rule, allowed=f"{RECENCY}, {FREQUENCY} or {NEXT_USE}"))
     documents = len(offsets) - 1
     found, first = np.zeros((documents, width), np.int64), np.zeros((documents, width), np.int64)
     id_bits, shift = key_bits(len(refs), refs.shape[1], width, rule, 1)

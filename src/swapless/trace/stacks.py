@@ -15,10 +15,20 @@ from typing import Any, no_type_check
 
 import numpy as np
 
+from swapless.arrays import want, want_ids, want_offsets
 from swapless.compiled import kernel
 from swapless.errors import UsageError, message
 
 LOOKAHEAD, FREQUENCY, NEXT_USE, RECENCY = 0, 1, 2, 3
+
+
+def check_references(refs: np.ndarray, offsets: np.ndarray, width: int) -> None:
+    """Refuse what the passes cannot walk (UsageError): they trust every id, and that a row names none twice."""
+    if width < 1:
+        raise UsageError(message("A cache needs experts to choose from.", got=width, allowed="a width of at least 1"))
+    want(refs, "refs", np.int32, (None, None))
+    want_ids(refs, width, "refs")
+    want_offsets(offsets, len(refs))
 
 
 def key_bits(num_tokens: int, refs_a_token: int, width: int, rule: int, window: int) -> tuple[int, int]:
@@ -62,7 +72,18 @@ def stack_hits(
     first : int64 ndarray of shape (D, width)
         First uses, by the number of experts seen before them: where a free slot counts as a hit they hit in every
         cache of more than that many experts.
+
+    Raises
+    ------
+    UsageError
+        An id outside of [-1, width), or twice in a row; offsets that do not cut the rows; a pass that does not exist.
     """
+    check_references(refs, offsets, width)
+    if rule not in (LOOKAHEAD, FREQUENCY, NEXT_USE, RECENCY) or window < 1:
+        raise UsageError(
+            message("There is no such pass.", got=f"rule={rule}, window={window}", allowed="a window of at least 1")
+        )
+    window = min(window, len(refs) + 1)  # what lies behind the end is not looked at
     documents = len(offsets) - 1
     found, first = np.zeros((documents, width), np.int64), np.zeros((documents, width), np.int64)
     if not live and (rule == RECENCY or (rule == LOOKAHEAD and window == 1)):  # the same, then
