@@ -8,10 +8,14 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from swapless.onednn import keep_few
+
 if TYPE_CHECKING:
     from swapless.runtime.model import load as load
     from swapless.trace import Trace as Trace
     from swapless.trace import TraceHeader as TraceHeader
+
+keep_few()  # before the first product, which may not be ours
 
 __version__ = "0.1.0"
 __all__ = ["Trace", "TraceHeader", "__version__", "load"]

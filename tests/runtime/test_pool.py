@@ -82,3 +82,13 @@ def test_close_gives_the_memory_back() -> None:
     pool.close()
     with pytest.raises(AssertionError, match="closed"):
         pool.bytes_of(0)
+
+
+def test_views_are_kept_of_the_present_owner_alone() -> None:
+    """A view of every layer that ever lay in a block would grow to as many as layers times blocks."""
+    pool = SlotPool([moe_layer((3, 5), (7,)) for _ in range(50)], 4)
+    for layer in range(50):
+        for slot in range(4):
+            views = pool.parameters(layer, slot)
+            assert pool.parameters(layer, slot) is views
+    assert len(pool._views) == 4

@@ -20,6 +20,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from swapless.atomic import whole_folder, write_json, write_whole
 from swapless.errors import UsageError, message
+from swapless.onednn import keep_many
 from swapless.oracle.corpus import WindowSampler
 from swapless.oracle.fit import fit_routers
 from swapless.oracle.fork import Carry, fork, match_experts
@@ -276,6 +277,7 @@ def train(
     except ModuleNotFoundError as error:
         raise UsageError(message("Training needs accelerate.", step="pip install accelerate scikit-learn")) from error
 
+    keep_many()
     exported = run / "model"
     if (run / "recipe.json").exists():
         _same_recipe(run, recipe)

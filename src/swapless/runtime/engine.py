@@ -141,6 +141,7 @@ class Engine:
         seconds = time.perf_counter() - self._step_started
         self._step_started = None
         self._routing.end()
+        self._meter.sample()
         counts = self._counts
         stall = self._fetcher.counts["stall_s"] - self._stalled_before
         counts["steps"] += 1
@@ -190,7 +191,8 @@ class Engine:
         except BaseException:
             self._come_to_rest()
             raise
-        self._meter.sample()
+        if self._meter.blind:
+            self._meter.sample()
         if self._phase is Phase.DECODE:
             counts["requests"] += len(served.experts)
             counts["hits"] += int(served.hit.sum())

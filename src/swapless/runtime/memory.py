@@ -1,87 +1,31 @@
-"""How much memory this process holds and may hold: the cgroup's own counters where we are in one, else the kernel's."""
+"""How much memory this process holds and held at the most: the cgroup's own counters where we are in one, else the kernel's."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
-from collections.abc import Iterator
+import threading
+import weakref
+from io import FileIO
 from pathlib import Path
-from typing import NamedTuple
+from types import TracebackType
+
+from swapless.runtime.cgroups import Cgroup, available_bytes, limit_bytes, machine_bytes, own_cgroup
+
+__all__ = [
+    "CODE_BYTES",
+    "Cgroup",
+    "MemoryMeter",
+    "Spike",
+    "available_bytes",
+    "drop_unused_cache",
+    "limit_bytes",
+    "machine_bytes",
+    "own_cgroup",
+]
 
 _PAGE = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
-_UNLIMITED = 1 << 60
-
-
-class Cgroup(NamedTuple):
-    """The memory cgroup of this process, if it has one with a limit: file of the present use, of the peak, and the limit."""
-
-    usage: Path
-    peak: Path
-    limit_bytes: int
-
-
-def own_cgroup(root: Path = Path("/")) -> Cgroup | None:
-    """The limited memory cgroup that holds this process, or None.
-
-    A cgroup counts page cache and library pages as well, which is what the out-of-memory killer goes by. ``root`` is where
-    ``proc`` and ``sys`` are found.
-    """
-    return next((group for depth, group in _cgroups(root) if depth == 0), None)
-
-
-def _cgroups(root: Path) -> Iterator[tuple[int, Cgroup]]:
-    """Limited memory cgroups of this process, v1 or v2, from its own (0) up to that of the whole machine."""
-    try:
-        lines = (root / "proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        return  # no Linux
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if "memory" in controllers.split(","):
-            top = root / "sys/fs/cgroup/memory"
-            names = ("memory.usage_in_bytes", "memory.max_usage_in_bytes", "memory.limit_in_bytes")
-        elif controllers == "":
-            top = root / "sys/fs/cgroup"
-            names = ("memory.current", "memory.peak", "memory.max")
-        else:
-            continue
-        own = top / path.lstrip("/")
-        own = own if own.is_dir() else top  # in a container the path of the host is not visible
-        folders = [own, *own.parents]
-        for depth, folder in enumerate(folders[: folders.index(top) + 1]):
-            usage, peak, limit = (folder / name for name in names)
-            if usage.exists() and peak.exists() and limit.exists():
-                text = limit.read_text().strip()
-                limit_bytes = _UNLIMITED if text == "max" else int(text)
-                if limit_bytes < _UNLIMITED and limit_bytes < machine_bytes():
-                    yield depth, Cgroup(usage, peak, limit_bytes)
-
-
-def machine_bytes() -> int:
-    """Physical memory of the machine."""
-    return _meminfo("MemTotal") or os.sysconf("SC_PHYS_PAGES") * _PAGE
-
-
-def available_bytes(root: Path = Path("/")) -> int:
-    """What this process may still take, by the machine and by all cgroups that hold it; their unused page cache is free."""
-    available = _meminfo("MemAvailable") or machine_bytes() // 2
-    for _, cgroup in _cgroups(root):
-        used = int(cgroup.usage.read_text()) - _unused_cache_bytes(cgroup)
-        available = min(available, max(0, cgroup.limit_bytes - used))
-    return available
-
-
-def limit_bytes(root: Path = Path("/")) -> int:
-    """The most this process may ever hold: the machine's memory, or the tightest limit of its cgroups."""
-    return min((cgroup.limit_bytes for _, cgroup in _cgroups(root)), default=machine_bytes())
-
-
-def _unused_cache_bytes(cgroup: Cgroup) -> int:
-    """Page cache of the group that the kernel drops before it refuses anybody memory."""
-    stat = cgroup.usage.with_name("memory.stat")
-    rows = dict(line.split(maxsplit=1) for line in stat.read_text().splitlines()) if stat.exists() else {}
-    return int(rows.get("total_inactive_file", rows.get("inactive_file", 0)))
-
 
 CODE_BYTES = 32 << 20
 """How much page cache of code is worth dropping, and how much of it a run may read again."""
@@ -95,9 +39,9 @@ def drop_unused_cache() -> int:
     Where others were the first, nothing is done: what is read again would be charged to us. Returns the bytes given back.
     """
     cgroup = own_cgroup()
-    if cgroup is None or not hasattr(os, "posix_fadvise") or _unused_cache_bytes(cgroup) < CODE_BYTES:
+    if cgroup is None or not hasattr(os, "posix_fadvise") or cgroup.unused_cache_bytes() < CODE_BYTES:
         return 0
-    before = int(cgroup.usage.read_text())
+    before = cgroup.used_bytes()
     names = {line.split(maxsplit=5)[5].strip() for line in Path("/proc/self/maps").read_text().splitlines() if "/" in line}
     for module in list(sys.modules.values()):
         names |= {name for attribute in ("__file__", "__cached__") if isinstance(name := getattr(module, attribute, None), str)}
@@ -108,62 +52,192 @@ def drop_unused_cache() -> int:
             continue  # not ours to read, or gone by now
         os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
         os.close(file)
-    return max(0, before - int(cgroup.usage.read_text()))
+    return max(0, before - cgroup.used_bytes())
 
 
-def _meminfo(name: str) -> int | None:
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None  # no Linux
-    for line in lines:
-        if line.startswith(f"{name}:"):
-            return int(line.split()[1]) * 1024
-    return None
+class _Status:
+    """``/proc/self/statm`` and the high-water mark of ``/proc/self/status``, kept open; all zeros where there is no Linux."""
+
+    def __init__(self) -> None:
+        self._statm: FileIO | None = None
+        self._status: FileIO | None = None
+        self.reopen()
+
+    def reopen(self) -> None:
+        """Look at the process that this is now: a forked child is another."""
+        self.close()
+        with contextlib.suppress(OSError):  # no Linux
+            self._statm, self._status = FileIO("/proc/self/statm"), FileIO("/proc/self/status")
+
+    @property
+    def there(self) -> bool:
+        return self._statm is not None
+
+    def resident(self) -> tuple[int, int]:
+        """The whole resident set, and of it what lies in files or is shared."""
+        if self._statm is None:
+            return 0, 0
+        fields = os.pread(self._statm.fileno(), 128, 0).split()
+        return int(fields[1]) * _PAGE, int(fields[2]) * _PAGE
+
+    def high_water(self) -> int:
+        """The most that was resident since the mark was last reset."""
+        if self._status is None:
+            return 0
+        _, _, rest = os.pread(self._status.fileno(), 8192, 0).partition(b"VmHWM:")
+        return int(rest.split(maxsplit=1)[0]) * 1024 if rest else 0
+
+    def close(self) -> None:
+        for file in (self._statm, self._status):
+            if file is not None:
+                file.close()
+        self._statm = self._status = None
+
+
+_meters: weakref.WeakSet[MemoryMeter] = weakref.WeakSet()
+_resetting = threading.Lock()
+
+
+def _reset_high_water() -> bool:
+    """Let the kernel's mark begin anew at what is resident now; False where that is not allowed."""
+    with _resetting:
+        for meter in list(_meters):
+            meter.sample()
+        try:
+            with open("/proc/self/clear_refs", "wb", buffering=0) as file:
+                file.write(b"5")
+        except OSError:
+            return False
+        for meter in list(_meters):
+            meter.mark_was_reset()
+        return True
 
 
 class MemoryMeter:
-    """Samples what the process holds and keeps the peak.
+    """Knows what the process holds, and keeps the peak.
 
-    ``source`` says what the peak is: ``cgroup`` (its own counter, page cache included, nothing missed) or ``rss_anon``
-    (anonymous memory sampled at every block), or ``unknown`` where neither exists.
+    ``source`` says what the peak is: ``cgroup`` (what the group was charged, page cache included) or ``rss_anon`` (anonymous
+    memory), or ``unknown`` where neither exists. Nothing between two looks is missed: the group keeps a peak of its own, and
+    so does the kernel of the process, from which the mapped files are taken off. Only where a group keeps none (Linux before
+    5.19) is it put together of both.
+
+    Parameters
+    ----------
+    root : Path
+        Where ``proc`` and ``sys`` are found, for the cgroup.
+
+    Attributes
+    ----------
+    source : str
+        As above.
+    blind : bool
+        Whether the kernel's mark says nothing of what came after it: then a peak is only seen by looking.
     """
 
-    def __init__(self) -> None:
-        self._cgroup = own_cgroup()
-        self._statm: int | None = None
-        try:
-            self._statm = os.open("/proc/self/statm", os.O_RDONLY | os.O_CLOEXEC)
-        except OSError:
-            self._statm = None  # no Linux: the source says so
-        self.source = "cgroup" if self._cgroup else "rss_anon" if self._statm is not None else "unknown"
+    blind = False
+
+    def __init__(self, root: Path = Path("/")) -> None:
+        self._cgroup = own_cgroup(root)
+        self._status = _Status()
+        self.source = "cgroup" if self._cgroup else "rss_anon" if self._status.there else "unknown"
         self._peak = 0
+        self._mark = self._status.high_water()
+        self._beside = 0  # what the group is charged beside our anonymous memory
+        if self._cgroup:
+            self._beside = max(0, self._cgroup.used_bytes() - self._anonymous())
+        _meters.add(self)
         self.sample()
 
     def now_bytes(self) -> int:
         """What counts against the budget now."""
         anonymous = self._anonymous()
-        return max(anonymous, int(self._cgroup.usage.read_text())) if self._cgroup else anonymous
+        return max(anonymous, self._cgroup.used_bytes()) if self._cgroup else anonymous
+
+    def quick_bytes(self) -> int:
+        """The same for every step: page cache that came since the meter was made, and may go again, is left out."""
+        return self._anonymous() + self._beside
+
+    def settle(self) -> None:
+        """What is charged beside anonymous memory now is there to stay."""
+        if self._cgroup:
+            self._beside = max(0, self._cgroup.used_bytes() - self._anonymous())
+
+    def begin(self) -> None:
+        """Forget what the process held before now, as far as the kernel allows it."""
+        if _reset_high_water():
+            self._peak = 0
+            self.sample()
+        else:
+            self.blind = True
+
+    def reopen(self) -> None:
+        """Look at the process that this is now: a forked child is another."""
+        self._status.reopen()
+        self._mark = self._status.high_water()
 
     def sample(self) -> None:
         """Look now; cheap enough for every block."""
-        if self._cgroup is None:
-            self._peak = max(self._peak, self._anonymous())
+        resident, files = self._status.resident()
+        mark = self._status.high_water()
+        anonymous = resident - files
+        # A mark that has not moved may be older than the meter.
+        held = max(anonymous, mark - files) if mark > self._mark else anonymous
+        if self._cgroup is not None:
+            held = max(held + self._beside, self._cgroup.used_bytes())
+        self._peak = max(self._peak, held)
+
+    def mark_was_reset(self) -> None:
+        """The kernel's mark begins anew, at what is resident."""
+        self._mark = 0
 
     def peak_bytes(self) -> int:
         """The most that was held so far."""
         self.sample()
-        return int(self._cgroup.peak.read_text()) if self._cgroup else self._peak
+        if self._cgroup is not None and self._cgroup.peak is not None:
+            with contextlib.suppress(OSError, ValueError):  # the group is gone: what was seen of it stays
+                return int(self._cgroup.peak.read_text())
+        return self._peak
 
     def _anonymous(self) -> int:
-        if self._statm is None:
-            return 0
-        fields = os.pread(self._statm, 128, 0).split()
-        return (int(fields[1]) - int(fields[2])) * _PAGE
+        resident, files = self._status.resident()
+        return resident - files
 
     def close(self) -> None:
-        """Close the sampled file; the peak stays."""
-        if self._statm is not None:
-            self._peak = max(self._peak, self._anonymous())
-            os.close(self._statm)
-            self._statm = None
+        """Close the files; the peak stays."""
+        if self._status.there:
+            self.sample()
+            self._status.close()
+        _meters.discard(self)
+
+
+class Spike:
+    """What a piece of work holds at the most beyond what was held before it: a context manager that tells ``nbytes``.
+
+    By the kernel's own mark, so that nothing is missed; where that cannot be reset, a thread looks every few milliseconds.
+    """
+
+    nbytes = 0
+
+    def __enter__(self) -> Spike:
+        self._status = _Status()
+        self._by_mark = _reset_high_water()
+        self._before = self._status.resident()[0]
+        self._most = 0
+        self._done = threading.Event()
+        self._thread = None
+        if not self._by_mark and self._status.there:
+            self._thread = threading.Thread(target=self._watch, daemon=True)
+            self._thread.start()
+        return self
+
+    def _watch(self) -> None:
+        while not self._done.wait(0.002):
+            self._most = max(self._most, self._status.resident()[0])
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._thread is not None:
+            self._done.set()
+            self._thread.join()
+        most = self._status.high_water() if self._by_mark else self._most
+        self.nbytes = max(0, most - self._before)
+        self._status.close()

@@ -121,6 +121,7 @@ def load(
     total_bytes, share = _target(memory, resident)
     report = progress or (lambda stage, done: None)
     meter = MemoryMeter()
+    meter.begin()
     dropped_bytes = drop_unused_cache()
     base_bytes = meter.now_bytes()
     report("reading headers", 0.0)

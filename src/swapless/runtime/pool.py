@@ -28,7 +28,7 @@ class SlotPool:
         self._layers = list(moe_layers)
         self._slab: np.ndarray | None = aligned_buffer(self.slot_bytes * slots)
         self._address = self._slab.ctypes.data
-        self._views: dict[tuple[int, int], dict[str, torch.Tensor]] = {}
+        self._views: dict[int, tuple[int, dict[str, torch.Tensor]]] = {}
 
     def bytes_of(self, slot: int) -> np.ndarray:
         """The slot's memory, uint8 (slot_bytes,): a view that lives as long as the pool."""
@@ -41,16 +41,15 @@ class SlotPool:
         return np.array(slots, np.int64) * self.slot_bytes + self._address
 
     def parameters(self, moe_layer: int, slot: int) -> dict[str, torch.Tensor]:
-        """The slot seen as the parameters of an expert of ``moe_layer``: views, made once and kept."""
-        key = (moe_layer, slot)
-        views = self._views.get(key)
-        if views is None:
+        """The slot seen as the parameters of an expert of ``moe_layer``: views, kept until it is another layer's."""
+        owner, views = self._views.get(slot, (-1, {}))
+        if owner != moe_layer:
             memory = torch.from_numpy(self.bytes_of(slot))
             views = {
                 p.name: memory[p.slot_offset : p.slot_offset + p.nbytes].view(p.dtype).view(p.shape)
                 for p in self._layers[moe_layer].parameters
             }
-            self._views[key] = views
+            self._views[slot] = moe_layer, views
         return views
 
     def close(self) -> None:
