@@ -18,6 +18,7 @@ from swapless.errors import (
 )
 from swapless.runtime.door import (
     Layout,
+    check_packed_model,
     check_quantization,
     checkpoint_layout,
     dequantize_on_load,
@@ -27,8 +28,8 @@ from swapless.runtime.door import (
 )
 from swapless.runtime.families import NEEDS, unsupported_family
 from swapless.runtime.pool import slot_bytes
-from swapless.store.headers import TensorRef, read_config, read_headers
-from swapless.store.packed import Manifest, is_packed, read_manifest
+from swapless.store.headers import TensorRef, read_config, read_header, read_headers
+from swapless.store.packed import DENSE, Manifest, check_dense, is_packed, read_manifest
 
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -104,7 +105,9 @@ def open_checkpoint(folder: Path, dtype: str | torch.dtype = "auto") -> OpenChec
     raw = read_config(folder)
     _refuse_unserved(folder, raw)
     manifest = read_manifest(folder) if is_packed(folder) else None
-    refs = read_headers(folder)
+    refs = read_headers(folder) if manifest is None else read_header(folder / DENSE)
+    if manifest is not None:
+        check_dense(folder, manifest, refs)
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # configuration classes check themselves, each with errors of its own
@@ -117,7 +120,9 @@ def open_checkpoint(folder: Path, dtype: str | torch.dtype = "auto") -> OpenChec
     cls = model_class(config)
     if manifest is not None:
         own = getattr(torch, manifest.dtype) if dtype == "auto" else resolve_dtype(dtype, config, refs)
-        layout = packed_layout(skeleton(cls, config), manifest, refs, own)
+        meta = skeleton(cls, config)
+        layout = packed_layout(meta, manifest, refs, own)
+        check_packed_model(meta, manifest, refs)
     else:
         layout = checkpoint_layout(skeleton(cls, config), refs, resolve_dtype(dtype, config, refs))
     if layout.top_k is None:
