@@ -55,6 +55,7 @@ CHANGES: dict[str, Change] = {
     "other dense bits": lambda d: d.update(dense_bits=4),
     "no dense bits": lambda d: d.update(dense_bits=16),
     "no such type": lambda d: d.update(dtype="float8_e4m3fn"),
+    "another type to compute in": lambda d: d.update(dtype="float16"),
     "larger blocks": lambda d: d["moe_layers"][0].update(block_bytes=2 * d["moe_layers"][0]["block_bytes"]),
     "blocks of half a page": lambda d: d["moe_layers"][0].update(block_bytes=2048),
     "another first byte": lambda d: d["moe_layers"][0].update(data_offset=0),
