@@ -359,7 +359,7 @@ def _perplexity(table: Table) -> dict[str, Any]:
     table.only("original", "packed", "tokens", "context_tokens", "text_sha256")
     found: dict[str, Any] = {key: table.number(key, minimum=1.0) for key in ("original", "packed")}
     found |= {key: table.integer(key, minimum=1) for key in ("tokens", "context_tokens") if key in table}
-    return found | {key: table.text(key, pattern=_SHA256) for key in ("text_sha256",) if key in table}
+    return found | {key: table.text(key, pattern=rf"({_SHA256})?") for key in ("text_sha256",) if key in table}
 
 
 def _texts(table: Table, pattern: str) -> dict[str, str]:
