@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from swapless.errors import UnsupportedOperationError
-from swapless.runtime.kernels import ACTIVATIONS, as_rows, perform
+from swapless.runtime.kernels import ACTIVATIONS, as_rows, perform, ready
 from swapless.runtime.kernels_call import (
     DOWN,
     FLOATS,
@@ -38,6 +38,7 @@ class _Call:
     def __init__(
         self, out: MatrixLayout, into: MatrixLayout | None, activation: int, experts: int, rounded: torch.Tensor, field: int
     ) -> None:
+        ready()
         self._out, self._experts, self._rounded = out, experts, rounded
         self.first = new_call(out, into, activation, experts)
         self.first[TOKENS_IN_ALL // 8] = 1
