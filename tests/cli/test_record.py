@@ -101,7 +101,7 @@ def test_a_text_and_prompts(swapless, checkpoint, tmp_path):
         )
         assert done.exit_code == 0, done.stderr
         trace = read_trace(tmp_path / f"{name}.parquet")
-        assert trace.num_documents == documents and set(trace.phase.tolist()) == {Phase.PREFILL}
+        assert trace.num_documents == documents and (trace.phase == Phase.PREFILL).sum() == documents
 
 
 @pytest.mark.parametrize(

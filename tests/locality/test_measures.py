@@ -239,3 +239,12 @@ def test_the_verdict_follows_the_curve():
     assert "4 of 16" in verdict.sentence(16)
     assert knee_of(capacity, 2) == 2
     assert knee_of(np.array([0.5]), 1) == 1
+
+
+def test_a_short_trace_gets_figures_and_no_judgement():
+    local = np.minimum(1, (np.arange(1, 65) / 64) ** 0.4)
+    for tokens, top_k, few in ((20, 6, True), (106, 6, True), (107, 6, False), (99, 64, True), (100, 64, False)):
+        verdict = judge(local, local, local * 0.5, top_k=top_k, tokens=tokens)
+        assert (verdict.suits == "too few tokens") == few, (tokens, top_k)
+        assert verdict.sentence(64).startswith(f"{tokens} tokens are too few" if few else "This model ")
+        assert "LRU serves" in verdict.sentence(64)

@@ -139,10 +139,15 @@ class Replay:
         }
 
 
-def default_expert_bytes(trace: Trace, bits: float = 16) -> int | None:
-    """Bytes of one expert (three matrices D x F) at ``bits`` a weight, where the header says D and F."""
+def default_expert_bytes(trace: Trace, bits: float | None = None) -> int | None:
+    """Bytes of one expert: as the header says, else three matrices D x F of 16 bits, where it says D and F.
+
+    With ``bits`` a weight it is three such matrices in any case.
+    """
     hidden, inner = trace.header.hidden_size, trace.header.moe_intermediate_size
-    return None if hidden is None or inner is None else int(3 * hidden * inner * bits / 8)
+    if bits is None and trace.header.expert_bytes:
+        return trace.header.expert_bytes
+    return None if hidden is None or inner is None else int(3 * hidden * inner * (bits or 16) / 8)
 
 
 def replay(
@@ -180,7 +185,7 @@ def replay(
     warmup_tokens : int
         Tokens not counted, at the start of the replay, or of every document if the state is reset.
     expert_bytes : int, optional
-        Size of one expert; by default three bf16 matrices as the header describes them.
+        Size of one expert; by default as the header says, else three bf16 matrices of its shape.
     advance : callable, optional
         Called with the share done, from 0 to 1.
 

@@ -11,9 +11,10 @@ from swapless.cache.devices import DeviceProfile
 from swapless.cache.foresight import Foresight
 from swapless.cache.replay import RequestModel, replay
 from swapless.cache.timeline import BlockTime, staging_room, timeline
-from swapless.errors import UsageError
+from swapless.errors import TraceValueError, UsageError, message
 from swapless.processors import processors
 from swapless.trace import Trace
+from swapless.trace.select import require_decode
 
 OPTIMUM = "belady_bypass"
 _WORTH_A_PROCESS = 20_000_000
@@ -70,6 +71,8 @@ def sweep(
     ------
     CapacityError, UnknownNameError, UsageError, TraceFormatError
         As the replay.
+    TraceValueError
+        There is no decode step to judge, or none after the warm-up.
     """
     from joblib import Parallel, delayed
 
@@ -86,6 +89,7 @@ def sweep(
                 state=conditions.state,
                 interleave=1 if trace.step is None else conditions.interleave,
             )
+    require_decode(trace)
     if foresight is not None and conditions.device is None:
         raise UsageError("Reading ahead takes time on a device: name one, as 'NVMe Gen4' (--device).")
     ways = (None,) if foresight is None else (None, foresight.check(trace))
@@ -101,6 +105,11 @@ def sweep(
         rows[number] = row
         if advance is not None:
             advance(len(rows) / len(work))
+    if any(row["requests"] == 0 for row in rows.values()):
+        warmup = conditions.warmup_tokens
+        what = "The warm-up leaves no decode step to judge." if warmup else "The decode steps of the trace ask for no expert."
+        got = f"{warmup} of {len(trace)} tokens" if warmup else None
+        raise TraceValueError(message(what, got=got, step="Lower --warmup." if warmup else None))
     if conditions.device is not None:
         best = {work[i][1]: row for i, row in rows.items() if work[i][0] == OPTIMUM and work[i][2] is None}
         for number, (_, capacity, way) in enumerate(asked):

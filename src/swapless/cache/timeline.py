@@ -242,7 +242,7 @@ def staging_room(
 def _known_bytes(trace: Trace, expert_bytes: int | None) -> int:
     size = default_expert_bytes(trace) if expert_bytes is None else expert_bytes
     if size is None or size < 1:
-        step = "Give expert_bytes, or a trace whose header has hidden_size and moe_intermediate_size."
+        step = "Give --expert-bytes SIZE (expert_bytes in Python)."
         raise UsageError(message("The size of an expert is unknown.", got=size, step=step))
     return size
 

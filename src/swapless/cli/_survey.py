@@ -104,7 +104,7 @@ def survey(
     advance = progress.stage("controls")
     rows += _shuffled_rows(trace, segments, uniform, marks, rng)
     lru, lru_chance = mean_rates["lru"]
-    verdict = judge(lru, mean_rates["belady"][0], lru_chance, top_k=top_k)
+    verdict = judge(lru, mean_rates["belady"][0], lru_chance, top_k=top_k, tokens=counted.num_tokens)
     progress.done()
     return {
         "format": "swapless.locality",

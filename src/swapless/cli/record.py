@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -26,7 +27,15 @@ def record(
         Path | None, typer.Option(metavar="PARQUET", help="A document a row: column text, and domain if there is one.")
     ] = None,
     prompts: Annotated[Path | None, typer.Option(metavar="FILE", help="A document a line.")] = None,
-    decode: Annotated[int, typer.Option(metavar="N", min=0, help="Tokens to generate after each document.")] = 0,
+    decode: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=0,
+            help="Read each document in one go and generate N tokens after it; 0 only reads.",
+            show_default="the document itself, token by token",
+        ),
+    ] = None,
     documents: Annotated[int | None, typer.Option(metavar="N", min=1, help="Stop after so many documents.")] = None,
     max_tokens: Annotated[int | None, typer.Option(metavar="N", min=1, help="Cut a document after so many tokens.")] = None,
     scores: Annotated[bool, typer.Option("--scores", help="Keep the router's output for every expert.")] = False,
@@ -35,11 +44,14 @@ def record(
     context: options.Context = None,
     threads: options.Threads = None,
     policy: options.Policy = DEFAULT_POLICY,
-    check: options.Check = None,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Record which experts a model routes to: prefill of every document, and real decode steps after it."""
+    """Record which experts a model routes to.
+
+    Every document is decoded token by token, as an answer is, so that the trace has the decode steps that simulate and plan
+    judge. --decode 0 is faster and has none.
+    """
     options.exclusive(memory=memory, resident=resident)
     inputs = {"The text": text, "The corpus": corpus, "The file of prompts": prompts}
     given = {name: path for name, path in inputs.items() if path is not None}
@@ -49,8 +61,9 @@ def record(
         options.input_file(name, path)
     options.output("--out", out_path, force=force, inputs=(checkpoint, *given.values()))
     out = Out(as_json=as_json, quiet=quiet)
+    total = min(_count(text, corpus, prompts), documents or sys.maxsize)
     budget = {"memory": memory, "resident": resident} if memory or resident else {"memory": "auto"}
-    with open_model(str(checkpoint), out, threads=threads, policy=policy, context=context, check=check, **budget) as model:
+    with open_model(str(checkpoint), out, threads=threads, policy=policy, context=context, **budget) as model:
         from swapless.runtime.record import record as run
 
         with out.progress() as progress:
@@ -63,11 +76,23 @@ def record(
                 max_tokens=max_tokens,
                 scores=scores,
                 progress=lambda done, tokens: progress(
-                    f"{done} documents, {tokens} tokens", done / documents if documents else 0.0
+                    f"{int(done)} of {total} documents, {tokens:,} tokens", min(1.0, done / max(1, total))
                 ),
             )
     out.document({"trace": str(out_path), "tokens": rows})
-    out.text(f"{out_path}: {rows} tokens")
+    out.text(f"{out_path}: {rows:,} tokens")
+    if decode == 0:
+        out.note("It has no decode steps: locality measures it, simulate and plan cannot.")
+
+
+def _count(text: Path | None, corpus: Path | None, prompts: Path | None) -> int:
+    """How many documents there are, without reading all of them."""
+    if corpus is not None:
+        from swapless.trace.parquet import open_parquet
+
+        with open_parquet(corpus) as file:
+            return file.metadata.num_rows
+    return sum(1 for _ in _all(text, None, prompts))
 
 
 def _documents(text: Path | None, corpus: Path | None, prompts: Path | None, most: int | None) -> Iterator[Any]:

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from swapless.cli._options import Force, Html, Json, Quiet, exclusive, output
+from swapless.cli._options import Force, Html, Json, Quiet, checked, exclusive, output
 from swapless.cli._trace_options import Documents, chosen_trace
 from swapless.cli.out import Out
+from swapless.units import parse_size
 
 if TYPE_CHECKING:
     from swapless.cli._foresight import Prefetch
@@ -42,6 +43,15 @@ def simulate(
     ] = None,
     predictor_ms: Annotated[
         float | None, typer.Option(metavar="MS", min=0, help="What predicting takes a token.", show_default="0")
+    ] = None,
+    expert_bytes: Annotated[
+        Any,
+        typer.Option(
+            "--expert-bytes",
+            metavar="SIZE",
+            parser=checked(parse_size, "SIZE"),
+            help="Size of one expert, as 6MiB, where the trace does not say or another precision is meant.",
+        ),
     ] = None,
     documents: Documents = None,
     protocol: Annotated[str | None, typer.Option(metavar="NAME", help="A published protocol instead: moe-beyond.")] = None,
@@ -77,7 +87,7 @@ def simulate(
         progress("reading", 0.0)
         chosen = chosen_trace(trace, documents=documents)
         names = [name.strip() for name in policy.split(",")]
-        shared = Conditions(**conditions, warmup_tokens=warmup, device=profile)
+        shared = Conditions(**conditions, warmup_tokens=warmup, device=profile, expert_bytes=expert_bytes)
         seen = None if ahead is None else ahead.of(chosen, progress, out.note)
         rows = sweep(chosen, names, sizes, shared, foresight=seen, advance=lambda done: progress("replaying", done))
     out.document(rows)

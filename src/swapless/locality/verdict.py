@@ -8,6 +8,8 @@ import numpy as np
 
 SUITS, SUITS_PARTLY = 0.75, 0.9
 """Miss factors up to which a model suits offloading, or does so in part."""
+LEAST_TOKENS, LEAST_USES = 100, 10
+"""Fewest tokens that are judged, and how often an expert must be asked for on average: before, first uses decide the curve."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -16,8 +18,8 @@ class Verdict:
 
     Parameters
     ----------
-    suits : {"suits", "suits in part", "does not suit"}
-        By the miss factor: up to 0.75, up to 0.9, above.
+    suits : {"suits", "suits in part", "does not suit", "too few tokens"}
+        By the miss factor: up to 0.75, up to 0.9, above; or that the trace is too short for a judgement.
     capacity_experts : int
         The capacity judged at: a quarter of E, at least K.
     hit_rate, chance : float
@@ -30,6 +32,8 @@ class Verdict:
         LRU hit rate at the knee.
     clairvoyant : float
         Belady's hit rate at ``capacity_experts``.
+    tokens, least_tokens : int or None, int
+        Tokens of the trace, and those that a judgement needs.
     """
 
     suits: str
@@ -40,28 +44,37 @@ class Verdict:
     knee_experts: int
     knee_hit_rate: float
     clairvoyant: float
+    tokens: int | None
+    least_tokens: int
 
     def sentence(self, num_experts: int) -> str:
         """The judgement as one or two sentences with their figures."""
         words = {
-            "suits": "suits offloading",
-            "suits in part": "suits offloading in part",
-            "does not suit": "does not suit offloading",
+            "suits": "This model suits offloading",
+            "suits in part": "This model suits offloading in part",
+            "does not suit": "This model does not suit offloading",
+            "too few tokens": f"{self.tokens} tokens are too few to say whether this model suits offloading; "
+            f"{self.least_tokens} would do. In these",
         }[self.suits]
         return (
-            f"This model {words}: with {self.capacity_experts} of {num_experts} experts a MoE layer in memory, LRU serves "
+            f"{words}: with {self.capacity_experts} of {num_experts} experts a MoE layer in memory, LRU serves "
             f"{self.hit_rate:.1%} of the requests (random routing {self.chance:.1%}, the clairvoyant optimum "
             f"{self.clairvoyant:.1%}), which leaves {self.miss_factor:.2f} of random routing's misses. The curve turns at "
             f"{self.knee_experts} experts a MoE layer ({self.knee_hit_rate:.1%}): hold that many, or more if memory allows."
         )
 
 
-def judge(lru: np.ndarray, belady: np.ndarray, chance: np.ndarray, *, top_k: int) -> Verdict:
-    """Verdict from hit-rate curves over 1..E experts a MoE layer, each float64 (E,), first uses as misses."""
+def judge(lru: np.ndarray, belady: np.ndarray, chance: np.ndarray, *, top_k: int, tokens: int | None = None) -> Verdict:
+    """Verdict from hit-rate curves over 1..E experts a MoE layer, each float64 (E,), first uses as misses.
+
+    ``tokens`` is the length of the trace that they are of; None takes it to be long enough.
+    """
     experts = len(lru)
     capacity = min(experts, max(top_k, round(experts / 4)))
     factor = _factor(float(lru[capacity - 1]), float(chance[capacity - 1]))
     suits = "suits" if factor <= SUITS else "suits in part" if factor <= SUITS_PARTLY else "does not suit"
+    least_tokens = max(LEAST_TOKENS, -(-LEAST_USES * experts // top_k))
+    suits = "too few tokens" if tokens is not None and tokens < least_tokens else suits
     knee = knee_of(lru, top_k)
     return Verdict(
         suits=suits,
@@ -72,6 +85,8 @@ def judge(lru: np.ndarray, belady: np.ndarray, chance: np.ndarray, *, top_k: int
         knee_experts=knee,
         knee_hit_rate=float(lru[knee - 1]),
         clairvoyant=float(belady[capacity - 1]),
+        tokens=tokens,
+        least_tokens=least_tokens,
     )
 
 

@@ -16,6 +16,7 @@ from swapless.plan.curves import nearest_curve
 from swapless.plan.speed import binomial
 from swapless.runtime.open import OpenCheckpoint
 from swapless.trace import Trace
+from swapless.trace.select import require_decode
 
 REPLAY_TOKENS = 4096
 """Of a longer trace so many tokens are replayed, from its beginning: enough for two digits, and seconds of time."""
@@ -68,6 +69,8 @@ class TraceHits:
     ------
     TraceMismatchError
         The trace is of a model of another shape.
+    TraceValueError
+        It has no decode steps.
     """
 
     def __init__(self, trace: Trace, opened: OpenCheckpoint, policy: str = DEFAULT_POLICY, name: str = "the trace") -> None:
@@ -83,6 +86,7 @@ class TraceHits:
                 )
             )
         self._trace = trace.rows(slice(0, REPLAY_TOKENS))
+        require_decode(self._trace)
         self._policy = policy
         self._known: dict[int, Expected] = {}
         self.source = f"{name}, {len(self._trace)} of its {len(trace)} tokens"

@@ -9,12 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from itertools import pairwise
 from typing import Any
 
 import torch
 
 from swapless.errors import UsageError, message
+from swapless.runtime.one_sequence import decode_steps
 
 Progress = Callable[[int, int], None]
 """Told the tokens scored so far, and of how many."""
@@ -109,10 +109,6 @@ def _windows(ids: list[int], context_tokens: int, start: int | None) -> Iterator
         yield window if start is None else [start, *window[1:]]
 
 
-@torch.no_grad()
 def _losses(model: Any, window: list[int]) -> Iterator[float]:
-    cache = None
-    for token, following in pairwise(window):
-        output = model(input_ids=torch.tensor([[token]]), past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
+    for output, following in zip(decode_steps(model, window[:-1]), window[1:], strict=True):
         yield -torch.log_softmax(output.logits[0, -1].double(), dim=-1)[following].item()

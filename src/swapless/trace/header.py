@@ -16,7 +16,7 @@ MAX_EXPERTS = 32767
 
 _REQUIRED = ("format_version", "model_id", "num_experts", "top_k", "moe_blocks")
 _TEXTS = ("model_id", "revision", "model_type", "expert_order", "source", "licence", "notes")
-_COUNTS = ("num_shared_experts", "hidden_size", "moe_intermediate_size")
+_COUNTS = ("num_shared_experts", "hidden_size", "moe_intermediate_size", "expert_bytes")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,6 +37,8 @@ class TraceHeader:
         ``expert_order`` says how the K ids of a token are ordered, ``source`` how the rows were made.
     num_shared_experts, hidden_size, moe_intermediate_size : int, optional
         Further shape, as the checkpoint's configuration has it.
+    expert_bytes : int, optional
+        What one expert takes where it was read from; a packed or quantised one takes less than its shape says.
     extra : dict
         Unknown keys of a file that was read; written back unchanged.
 
@@ -60,6 +62,7 @@ class TraceHeader:
     num_shared_experts: int | None = None
     hidden_size: int | None = None
     moe_intermediate_size: int | None = None
+    expert_bytes: int | None = None
     expert_order: str | None = None
     source: str | None = None
     licence: str | None = None

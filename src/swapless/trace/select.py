@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from swapless.errors import TraceMismatchError, UnknownNameError, UsageError, message
+from swapless.errors import TraceMismatchError, TraceValueError, UnknownNameError, UsageError, message
 from swapless.notation import Phase
 from swapless.trace.checks import check_trace
 from swapless.trace.trace import Trace
@@ -52,6 +52,24 @@ def select(
     [1, 2]
     """
     return chosen_rows(trace, Choice.of(documents, domain, phase))
+
+
+def require_decode(trace: Trace) -> None:
+    """Refuse a trace on which no cache can be judged.
+
+    Raises
+    ------
+    TraceValueError
+        No row is a decode step.
+    """
+    if not (trace.phase == int(Phase.DECODE)).any():
+        raise TraceValueError(
+            message(
+                "The trace has no decode steps, and only those can be judged: one read of a prefill serves many tokens.",
+                got=f"{len(trace)} tokens of prefill",
+                step="Record it again without --decode 0, or choose other documents.",
+            )
+        )
 
 
 def chosen_rows(trace: Trace, chosen: Choice) -> Trace:
