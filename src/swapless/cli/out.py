@@ -89,6 +89,7 @@ class Out:
     def __init__(self, *, as_json: bool = False, quiet: bool = False) -> None:
         self.as_json = as_json
         self.quiet = quiet
+        self._thinking = False
         hear(self.note, self.warn, quiet)
 
     def text(self, text: str, *, end: str = "\n") -> None:
@@ -99,6 +100,9 @@ class Out:
     def generated(self, text: str) -> None:
         """What a model writes: as it is into a file or a pipe, and on a terminal with what that would obey written out."""
         if not self.as_json:
+            if self._thinking:
+                self._thinking = False
+                _aside("\n\n")
             _write(safe(text) if _is_terminal(sys.stdout) else text)
 
     def document(self, document: dict[str, Any] | list[Any]) -> None:
@@ -119,8 +123,13 @@ class Out:
 
     def thinking(self, text: str) -> None:
         """What a model thinks before it answers: dim, on stderr, and nothing where nobody watches."""
-        if not self.quiet and _is_terminal(sys.stderr):
+        if not self.quiet and not self.as_json and _is_terminal(sys.stderr):
+            self._thinking = True
             _aside(f"\x1b[2m{safe(text)}\x1b[22m")
+
+    def ask(self, prompt: str) -> None:
+        """A prompt at which a person types, on stderr."""
+        _aside(prompt)
 
     def warn(self, text: str) -> None:
         """Something that makes the result another than was asked for; said with ``quiet`` too."""

@@ -38,7 +38,6 @@ def run(
     prefetch: options.Prefetch = "auto",
     record: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the routing as a trace (.parquet).")] = None,
     force: options.Force = False,
-    check: options.Check = None,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
@@ -58,13 +57,12 @@ def run(
     )
     out = Out(as_json=as_json, quiet=quiet)
     budget = {"memory": memory, "resident": resident} if memory or resident else {"memory": "auto"}
-    how = {"policy": policy, "prefetch": prefetch, "context": context, "check": check}
-    with open_model(checkpoint, out, threads=threads, **how, **budget) as model:
+    with open_model(checkpoint, out, threads=threads, policy=policy, prefetch=prefetch, context=context, **budget) as model:
         tokenizer = open_tokenizer(checkpoint)
         if text is None:
             from swapless.cli.chat import talk
 
-            talk(model, tokenizer, sampling, out)
+            talk(model, tokenizer, sampling, out, inputs=(checkpoint,))
         else:
             _answer(
                 model, tokenizer, text, sampling, out, {"checkpoint": checkpoint, "policy": policy, "seed": seed}, chat=chat
@@ -94,12 +92,13 @@ def read_prompt(prompt: str) -> str:
 
 def _answer(model: Any, tokenizer: Any, text: str, sampling: Sampling, out: Out, about: dict[str, Any], *, chat: bool) -> None:
     if chat:
-        from swapless.cli.chat import chat_ids
+        from swapless.cli.template import chat_ids
 
         ids = chat_ids(tokenizer, [{"role": "user", "content": text}])
     else:
         ids = prompt_ids(tokenizer, text)
-    reply = generate(model, tokenizer, ids, sampling, lambda piece: out.text(piece, end=""))
+    how: Any = {"chat": chat, "think": out.thinking, "warn": out.warn}
+    reply = generate(model, tokenizer, ids, sampling, out.generated, **how)
     out.text("")
     figures = measured(reply, model.swapless)
     out.document(figures | about)

@@ -10,8 +10,9 @@ from typing import Any
 
 from swapless.cli._options import set_threads
 from swapless.cli.out import Out
+from swapless.cli.response import response_format
 from swapless.cli.stream import TextStream
-from swapless.errors import CheckpointError, UsageError, message
+from swapless.errors import CheckpointError, SwaplessError, UsageError, message
 from swapless.units import format_size
 
 __all__ = ["Reply", "Sampling", "generate", "measured", "open_model", "open_tokenizer", "prompt_ids", "summarise"]
@@ -31,9 +32,11 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reply:
-    """What one generation gave: the text, why it ended (``eos``, ``stop``, ``length`` or ``context``) and its times.
+    """What one generation gave: the text, why it ended and its times.
 
-    ``tokens_per_s`` counts the tokens after the first, over the time after the first: the speed of decoding.
+    It ended with ``eos``, ``stop``, ``length``, ``context`` or ``interrupted``. Of a family that thinks before it answers,
+    ``text`` is the answer alone, and ``message`` is the turn as its chat template takes it back. ``tokens_per_s`` counts the
+    tokens after the first, over the time after the first: the speed of decoding.
     """
 
     text: str
@@ -43,6 +46,8 @@ class Reply:
     first_token_s: float | None
     total_s: float
     tokens_per_s: float | None
+    thinking: str
+    message: dict[str, Any]
 
 
 def open_tokenizer(checkpoint: str) -> Any:
@@ -59,8 +64,9 @@ def open_tokenizer(checkpoint: str) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(checkpoint)
         if tokenizer("a", add_special_tokens=False)["input_ids"]:
+            tokenizer.chat_template = tokenizer.chat_template or _template_beside(checkpoint)
             return tokenizer
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+    except Exception as error:  # whatever the files hold: transformers, tokenizers, JSON and Jinja share no root
         problem = error
     raise CheckpointError(
         message(
@@ -70,6 +76,15 @@ def open_tokenizer(checkpoint: str) -> Any:
             step="Put the tokenizer's files (tokenizer.json, tokenizer_config.json) beside config.json.",
         )
     ) from problem
+
+
+def _template_beside(checkpoint: str) -> str | None:
+    """The chat template of a checkpoint that keeps it where processors look for it."""
+    from swapless.runtime.source import checkpoint_folder
+    from swapless.untrusted import read_json
+
+    file = checkpoint_folder(checkpoint, local_files_only=True) / "chat_template.json"
+    return read_json(file, what="chat template").text("chat_template", maximum=1_000_000) if file.is_file() else None
 
 
 @contextmanager
@@ -111,11 +126,43 @@ def prompt_ids(tokenizer: Any, text: str) -> Any:
     return torch.tensor([[tokenizer.bos_token_id]])
 
 
-def generate(model: Any, tokenizer: Any, ids: Any, sampling: Sampling, write: Callable[[str], None]) -> Reply:
+def generate(
+    model: Any,
+    tokenizer: Any,
+    ids: Any,
+    sampling: Sampling,
+    write: Callable[[str], None],
+    *,
+    chat: bool = False,
+    think: Callable[[str], None] | None = None,
+    warn: Callable[[str], None] | None = None,
+    stopped: Callable[[], bool] | None = None,
+) -> Reply:
     """Continue ``ids`` and hand each finished piece of text to ``write``.
+
+    One sequence is written, token by token, whatever the checkpoint's generation settings ask for.
+
+    Parameters
+    ----------
+    model, tokenizer : PreTrainedModel, PreTrainedTokenizerBase
+        From :func:`open_model` and :func:`open_tokenizer`.
+    ids : torch.Tensor
+        The prompt, shape (1, T).
+    sampling : Sampling
+        How tokens are chosen, and where the text ends.
+    write : callable of str
+        Receives each piece of the answer.
+    chat : bool
+        Whether the prompt came from the chat template, so that the answer has the family's format.
+    think, warn : callable of str, optional
+        Receive pieces of thinking, and what makes the text another than was asked for.
+    stopped : callable, optional
+        Asked after every token whether to end.
 
     Raises
     ------
+    CheckpointError
+        transformers cannot generate with the checkpoint's generation settings.
     ContextError
         The prompt is longer than the context. An answer that would not fit ends where the context does.
     ReadError
@@ -123,7 +170,13 @@ def generate(model: Any, tokenizer: Any, ids: Any, sampling: Sampling, write: Ca
     """
     import torch
 
-    stream = TextStream(tokenizer, write, sampling.stop)
+    from swapless.runtime.one_sequence import plain_settings
+
+    form = response_format(tokenizer, model, chat=chat)
+    stream = TextStream(tokenizer, write, sampling.stop, response=form, think=think)
+    settings, asked = plain_settings(model.generation_config)
+    if asked and warn is not None:
+        warn(f"generation_config.json asks for {', '.join(asked)}; one answer is written, token by token.")
     room = max(1, model.swapless.budget.context_tokens - ids.shape[-1])
     ends = model.generation_config.eos_token_id
     ends = set(ends if isinstance(ends, list) else [ends])
@@ -134,30 +187,58 @@ def generate(model: Any, tokenizer: Any, ids: Any, sampling: Sampling, write: Ca
         how = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     torch.manual_seed(sampling.seed)
     started = time.perf_counter()
-    model.generate(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=min(sampling.max_new_tokens, room),
-        min_new_tokens=min(sampling.min_new_tokens, room) or None,
-        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(ends), None),
-        streamer=stream,
-        stopping_criteria=[lambda *_, **__: torch.tensor([stream.stopped])],
-        **how,
-    )
+    with _named_settings():
+        model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=min(sampling.max_new_tokens, room),
+            min_new_tokens=min(sampling.min_new_tokens, room) or None,
+            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(ends), None),
+            streamer=stream,
+            stopping_criteria=[lambda *_, **__: torch.tensor([stream.stopped or (stopped is not None and stopped())])],
+            **settings,
+            **how,
+        )
     total_s = time.perf_counter() - started
     new = stream.new_ids
     first, last = stream.first_token_at, stream.last_token_at
-    limit = "length" if sampling.max_new_tokens <= room else "context"
+    if stream.problem and warn is not None:
+        warn(f"The answer does not fit the format of its family and is shown as it was written. Got: {stream.problem}.")
+    finish = "length" if sampling.max_new_tokens <= room else "context"
+    if stream.stopped or (new and new[-1] in ends):
+        finish = "stop" if stream.stopped else "eos"
+    elif stopped is not None and stopped():
+        finish = "interrupted"
     decode_s = (last - first) if first is not None and last is not None else 0.0
     return Reply(
         text=stream.text,
-        finish="stop" if stream.stopped else "eos" if new and new[-1] in ends else limit,
+        finish=finish,
         prompt_tokens=ids.shape[-1],
         new_tokens=len(new),
         first_token_s=first - started if first is not None else None,
         total_s=total_s,
         tokens_per_s=(len(new) - 1) / decode_s if decode_s > 0 else None,
+        thinking=stream.thinking,
+        message=stream.message(),
     )
+
+
+@contextmanager
+def _named_settings() -> Iterator[None]:
+    """Name the checkpoint's generation settings where transformers cannot work with them."""
+    try:
+        yield
+    except SwaplessError:
+        raise
+    except (ValueError, TypeError, KeyError, AttributeError, NotImplementedError) as error:
+        trail = error.__traceback__
+        while trail is not None and trail.tb_next is not None:
+            trail = trail.tb_next
+        if trail is None or not str(trail.tb_frame.f_globals.get("__name__", "")).startswith("transformers.generation"):
+            raise
+        what = "transformers cannot generate with the settings in generation_config.json."
+        said = " ".join(str(error).split())[:300].rstrip(".")
+        raise CheckpointError(message(what, got=said, step="Mend the file, or move it away.")) from error
 
 
 def measured(reply: Reply, engine: Any) -> dict[str, Any]:
@@ -166,6 +247,7 @@ def measured(reply: Reply, engine: Any) -> dict[str, Any]:
     decode_tokens = stats["decode_tokens"]
     return {
         "text": reply.text,
+        **({"thinking": reply.thinking} if reply.thinking else {}),
         "finish": reply.finish,
         "prompt_tokens": reply.prompt_tokens,
         "new_tokens": reply.new_tokens,
