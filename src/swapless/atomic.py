@@ -182,8 +182,7 @@ class WholeFile:
 
     def discard(self) -> None:
         """Remove the part, if there is one."""
-        if os.path.lexists(self.part):  # a read-only file system refuses to remove even what is not there
-            self.part.unlink(missing_ok=True)
+        self.part.unlink(missing_ok=True)
 
     def __enter__(self) -> WholeFile:
         with saying_where(self.path):

@@ -1,8 +1,20 @@
-"""What to keep in memory: cache policies, the loop that serves a demand set, and the lab around them."""
+"""What to keep in memory: cache policies, the loop that serves a demand set, and the lab around them.
+
+A policy of one's own needs ``Policy``, ``rules`` and ``may_go`` from here; see ``docs/add-a-policy.md``.
+"""
 
 from __future__ import annotations
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from swapless.registry import Registry
+
+if TYPE_CHECKING:
+    from swapless.cache.policy import Policy as Policy
+    from swapless.cache.policy import rules as rules
+    from swapless.cache.residency import Residency as Residency
+    from swapless.cache.residency import may_go as may_go
 
 DEFAULT_POLICY = "next_use"
 """What the engine runs unless told otherwise; the evidence is in ``docs/log.md``."""
@@ -27,3 +39,21 @@ POLICIES = Registry(
         "static": "swapless.cache.static:Static",
     },
 )
+
+_LAZY = {  # they bring the compiler along
+    "Policy": "swapless.cache.policy",
+    "Residency": "swapless.cache.residency",
+    "may_go": "swapless.cache.residency",
+    "rules": "swapless.cache.policy",
+}
+__all__ = ["DEFAULT_POLICY", "POLICIES", *sorted(_LAZY)]
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

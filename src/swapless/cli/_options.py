@@ -40,10 +40,11 @@ def _policy(name: str) -> str:
     return name
 
 
-def _check(when: str) -> str:
-    if when not in ("first", "always", "none"):
-        raise UsageError(message("Unknown check.", got=repr(when), allowed="first, always, none"))
-    return when
+def _policies(begun: str) -> list[str]:
+    """Names that the shell may complete."""
+    from swapless.cache import POLICIES
+
+    return [name for name in POLICIES.names() if name.startswith(begun)]
 
 
 def exclusive(**given: Any) -> None:
@@ -137,7 +138,11 @@ Resident = Annotated[
 Policy = Annotated[
     str,
     typer.Option(
-        "--policy", metavar="NAME", parser=checked(_policy, "NAME"), help="Which expert to drop for a new one: lru, lfu, ..."
+        "--policy",
+        metavar="NAME",
+        parser=checked(_policy, "NAME"),
+        autocompletion=_policies,
+        help="Which expert to drop for a new one: lru, lfu, ...",
     ),
 ]
 Prefetch = Annotated[
@@ -146,16 +151,6 @@ Prefetch = Annotated[
         metavar="auto|none|gate|FILE",
         help="Read ahead: 'gate' asks the next MoE layer's router in advance, 'gate:2' the next two, 'auto' where it leaves "
         "the cache its slots; a FILE of predict train.",
-    ),
-]
-Check = Annotated[
-    str | None,
-    typer.Option(
-        "--check",
-        metavar="first|always|none",
-        parser=checked(_check, "WHEN"),
-        help="Of a packed store: hold each block against its checksum when it is read first, whenever it is read, or never.",
-        show_default="first",
     ),
 ]
 Seed = Annotated[int, typer.Option(metavar="N", min=0, help="Seed of the sampling.")]

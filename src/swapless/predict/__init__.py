@@ -1,14 +1,25 @@
-"""Which experts come next: the contract of predictors, one predictor a file, and the evaluation that keeps them to the cut."""
+"""Which experts come next: the contract of predictors, one predictor a file, and the evaluation that keeps them to the cut.
+
+A predictor of one's own needs ``Predictor``, ``Fitted``, ``Lead``, ``known_layers`` and ``quiet`` from here; see
+``docs/add-a-predictor.md``.
+"""
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from swapless.errors import UsageError, message
 from swapless.registry import Registry
 
 if TYPE_CHECKING:
-    from swapless.predict.predictor import Predictor
+    from swapless.predict.predictor import Fitted as Fitted
+    from swapless.predict.predictor import Lead as Lead
+    from swapless.predict.predictor import Predictor as Predictor
+    from swapless.predict.predictor import known_layers as known_layers
+    from swapless.predict.predictor import quiet as quiet
+    from swapless.predict.saved import load_predictor as load_predictor
+    from swapless.predict.saved import save_predictor as save_predictor
 
 PREDICTORS = Registry(
     "predictor",
@@ -25,7 +36,26 @@ PREDICTORS = Registry(
     },
 )
 
-__all__ = ["PREDICTORS", "make_predictor"]
+_LAZY = {  # they bring the compiler along
+    "Fitted": "swapless.predict.predictor",
+    "Lead": "swapless.predict.predictor",
+    "Predictor": "swapless.predict.predictor",
+    "known_layers": "swapless.predict.predictor",
+    "load_predictor": "swapless.predict.saved",
+    "quiet": "swapless.predict.predictor",
+    "save_predictor": "swapless.predict.saved",
+}
+__all__ = ["PREDICTORS", "make_predictor", *sorted(_LAZY)]
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def make_predictor(kind: str, **options: Any) -> Predictor:
