@@ -182,7 +182,8 @@ class WholeFile:
 
     def discard(self) -> None:
         """Remove the part, if there is one."""
-        self.part.unlink(missing_ok=True)
+        if os.path.lexists(self.part):  # a read-only file system refuses to remove even what is not there
+            self.part.unlink(missing_ok=True)
 
     def __enter__(self) -> WholeFile:
         with saying_where(self.path):

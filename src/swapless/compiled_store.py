@@ -40,7 +40,8 @@ def read(state: str, name: str) -> bytes | None:
     """The content kept as ``name`` for a state of the sources, or None."""
     for root in _roots():
         with contextlib.suppress(OSError):
-            data = (root / state / name).read_bytes()
+            path = root / state / name
+            data = path.read_bytes() if path.is_file() else b""  # never from a pipe or a device
             start = len(_MAGIC) + _PROOF_BYTES
             if data[: len(_MAGIC)] == _MAGIC and data[len(_MAGIC) : start] == _proof(name, data[start:]):
                 return data[start:]

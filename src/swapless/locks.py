@@ -94,8 +94,12 @@ def _acquire(path: Path, doing: str) -> tuple[int, bool]:
                 "host": platform.node(),
                 "since": datetime.now(UTC).isoformat(timespec="seconds"),
             }
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, json.dumps(owner).encode(), 0)
+            try:
+                os.ftruncate(descriptor, 0)
+                os.pwrite(descriptor, json.dumps(owner).encode(), 0)
+            except OSError:
+                path.unlink(missing_ok=True)  # a full disk: nothing is left of what failed
+                raise
             return descriptor, held
         except BaseException:
             with contextlib.suppress(OSError):

@@ -119,9 +119,12 @@ def test_exchanged_files_are_not_run(folder):
     assert fresh()(5) == 16 and fresh(helper)(5) == 15
 
 
-def test_a_folder_in_the_place_of_a_file(folder, caplog):
+def test_a_folder_or_a_pipe_in_the_place_of_a_file(folder, caplog):
     assert fresh()(5) == 16
     (path,) = [path for path in files(folder) if path.name.startswith("times")]
+    path.unlink()
+    os.mkfifo(path)
+    assert fresh()(5) == 16 and path.is_file()  # a pipe is replaced
     path.unlink()
     path.mkdir()
     assert fresh()(5) == 16

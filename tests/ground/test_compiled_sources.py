@@ -5,6 +5,7 @@ Each test copies the sources and runs processes over the copy, as an installer, 
 
 from __future__ import annotations
 
+import json
 import os
 import py_compile
 import shutil
@@ -177,3 +178,67 @@ def test_a_plug_in_that_changes_and_goes(copy, plug_in):
     assert kept.count("plugins") == 2
     shutil.rmtree(plug_in)
     assert begin(copy, "lru").endswith(" 1")
+
+
+FIFO = """
+from typing import NamedTuple
+import numpy as np
+from swapless.cache.policy import rules
+from swapless.cache.residency import may_go
+
+class FifoState(NamedTuple):
+    entered: np.ndarray
+
+def _on_insert(state, residency, pool, key, clock, phase):
+    state.entered[key] = clock
+
+def _victim(state, residency, pool, clock):
+    best, oldest = np.int32(-1), np.iinfo(np.int64).max
+    for slot in range(residency.pool_start[pool], residency.pool_start[pool + 1]):
+        if may_go(residency, slot, clock):
+            entered = state.entered[residency.key_of_slot[slot]]
+            if entered < oldest:
+                best, oldest = np.int32(slot), entered
+    return best
+
+rules(FifoState, on_insert=_on_insert, victim=_victim)
+
+class Counting:
+    name = "counting"
+
+    def state(self, num_moe_layers, num_experts, pools):
+        return FifoState(np.zeros(num_moe_layers * num_experts, np.int64))
+"""
+
+
+@pytest.mark.slow
+def test_the_command_line_with_a_plug_in_that_changes_and_goes(copy, plug_in):
+    for name in ("cli", "embedded"):
+        shutil.copytree(SOURCES / name, copy / "src" / "swapless" / name)
+    trace = Path(__file__).parents[1] / "data" / "gpt-oss-20b.sample.parquet"
+    paths = {"PYTHONPATH": f"{copy / 'src'}{os.pathsep}{plug_in}"}
+
+    def rates(*policies: str) -> list[float]:
+        given = ["simulate", str(trace), "--policy", ",".join(policies), "--capacity", "0.25", "--json"]
+        done = run(copy, f"import sys; sys.argv[1:] = {given!r}\nfrom swapless.cli.main import main; main()", **paths)
+        assert done.returncode == 0, done.stderr
+        assert "Traceback" not in done.stderr
+        return [row["hit_rate"] for row in json.loads(done.stdout)]
+
+    def spoken(policy: str) -> str:
+        model = copy / "src" / "swapless" / "embedded"
+        given = ["run", str(model), "--resident", "50%", "--policy", policy, "--prompt", "def main():", "--max-new-tokens", "8"]
+        done = run(copy, f"import sys; sys.argv[1:] = {given!r}\nfrom swapless.cli.main import main; main()", **paths)
+        assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+        return done.stdout
+
+    (plug_in / "counting.py").write_text(FIFO)
+    fifo, lru = rates("counting", "lru")
+    assert rates("counting", "lru") == [fifo, lru] and fifo != lru
+    text = spoken("counting")
+    (plug_in / "counting.py").write_text(FIFO.replace("entered < oldest", "entered > oldest").replace(".max", ".min"))
+    os.utime(plug_in / "counting.py", (OLD, OLD))
+    assert rates("counting", "lru")[0] != fifo
+    shutil.rmtree(plug_in)
+    assert rates("lru") == [lru]
+    assert spoken("lru") == text

@@ -145,3 +145,25 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def model(olmoe: Path, load: Any) -> Any:
+    """OLMoE in float32, offloaded: bits differ by the shape of a product, choices hardly ever."""
+    return load(olmoe, dtype="float32", resident=0.5, context=128)
+
+
+@pytest.fixture
+def plain(olmoe: Path, eager: Any) -> Any:
+    """The same in plain transformers."""
+    import torch
+
+    return eager(olmoe, dtype=torch.float32)
+
+
+@pytest.fixture
+def repetitive() -> Any:
+    """Thirteen tokens, int64 (1, 13), that a look-up in the prompt finds again."""
+    import torch
+
+    return torch.tensor([[5, 6, 7, 8, 9, 5, 6, 7, 8, 9, 5, 6, 7]])

@@ -16,6 +16,7 @@ from swapless import embedded
 from swapless.errors import CheckpointCorruptError, PackMismatchError, ReadError, UsageError
 from swapless.runtime import describe
 from swapless.runtime.packing import pack
+from swapless.store.manifest import sealed
 from swapless.store.packed import MANIFEST, read_manifest
 from tests.rounded import rounded_inputs
 from tests.runtime.conftest import SHAPE
@@ -160,15 +161,20 @@ def test_a_flipped_byte_is_found_when_blocks_are_checked(
         for expert in range(layer.num_experts):
             raw[layer.data_offset + expert * layer.block_bytes + 7] ^= 1
         (own / layer.file).write_bytes(raw)
-    generate(load(own), prompt)
-    with pytest.raises(ReadError, match="not what was packed"):
-        generate(load(own, check=True), prompt)
-    assert torch.equal(generate(load(stores[8], check=True), prompt), generate(load(stores[8]), prompt))
+    generate(load(own, check="none"), prompt)
+    for check in (None, "first", "always"):
+        with pytest.raises(ReadError, match="not what was packed"):
+            generate(load(own, check=check), prompt)
+    outputs = [generate(load(stores[8], resident=0.25, check=check), prompt) for check in ("first", "always", "none")]
+    assert torch.equal(outputs[0], outputs[1]) and torch.equal(outputs[0], outputs[2])
 
 
 def test_checking_blocks_needs_a_packed_store(qwen3_moe: Path, load: Any) -> None:
     with pytest.raises(UsageError, match="packed store"):
-        load(qwen3_moe, check=True)
+        load(qwen3_moe, check="first")
+    with pytest.raises(UsageError, match="first, always, none"):
+        load(qwen3_moe, check="sometimes")
+    load(qwen3_moe, check="none")
 
 
 def test_an_unfinished_store_is_refused(stores: dict[int, Path], tmp_path: Path, load: Any) -> None:
@@ -188,7 +194,7 @@ def test_a_store_whose_experts_are_not_the_models_is_refused(stores: dict[int, P
     (own / "config.json").write_bytes(text)
     manifest = json.loads((own / MANIFEST).read_text())
     manifest["files"]["config.json"] = {"bytes": len(text), "sha256": hashlib.sha256(text).hexdigest()}
-    (own / MANIFEST).write_text(json.dumps(manifest))
+    (own / MANIFEST).write_bytes(sealed({key: value for key, value in manifest.items() if key != "checksum"}))
     with pytest.raises(PackMismatchError, match="other experts"):
         load(own)
 

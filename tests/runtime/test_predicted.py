@@ -236,3 +236,16 @@ def test_a_block_on_other_rows_ends_following_and_nothing_else():
     lookahead.seen(0, torch.zeros(3, 2, dtype=torch.long))
     assert lookahead.foresee(0, None) == []
     assert walk(lookahead, trace, [1], Phase.DECODE)[0]
+
+
+@pytest.mark.parametrize("prefetch", ["gate", "saved"])
+def test_drafts_and_beams_are_followed_as_far_as_they_go(prefetch, saved, load, tokenizer):
+    """Steps of several tokens, some of them taken back, and sequences that change places."""
+    model = load(embedded.path(), resident=0.25, context=128, prefetch=saved if prefetch == "saved" else "gate")
+    always_on(model)
+    plain = load(embedded.path(), resident=0.25, context=128)
+    given = tokenizer(" ".join([PROMPT] * 2), return_tensors="pt", return_token_type_ids=False)
+    for options in ({"prompt_lookup_num_tokens": 4}, {"num_beams": 3}, {}):
+        how = {"max_new_tokens": 16, "min_new_tokens": 16, "do_sample": False} | options
+        assert torch.equal(model.generate(**given, **how), plain.generate(**given, **how))
+    assert model.swapless.trace().num_documents == 3 and model.swapless.stats().prefetch_tokens > 0

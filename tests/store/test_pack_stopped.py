@@ -97,7 +97,7 @@ def test_a_journal_beside_a_manifest_is_removed(whole: dict[str, str], tmp_path:
     folder = tmp_path / "store"
     pack(CHECKPOINT, folder, bits=4)
     (folder / JOURNAL).write_text("{")
-    (folder / ".swapless.json.1.part").write_text("{")
+    (folder / ".swapless.json.1-0123abcd.part").write_text("{")
     pack(CHECKPOINT, folder, bits=4)
     assert contents(folder) == whole
 

@@ -47,6 +47,12 @@ def _policies(begun: str) -> list[str]:
     return [name for name in POLICIES.names() if name.startswith(begun)]
 
 
+def _check(when: str) -> str:
+    if when not in ("first", "always", "none"):
+        raise UsageError(message("Unknown check.", got=repr(when), allowed="first, always, none"))
+    return when
+
+
 def exclusive(**given: Any) -> None:
     """Refuse more than one of several options.
 
@@ -151,6 +157,16 @@ Prefetch = Annotated[
         metavar="auto|none|gate|FILE",
         help="Read ahead: 'gate' asks the next MoE layer's router in advance, 'gate:2' the next two, 'auto' where it leaves "
         "the cache its slots; a FILE of predict train.",
+    ),
+]
+Check = Annotated[
+    str | None,
+    typer.Option(
+        "--check",
+        metavar="first|always|none",
+        parser=checked(_check, "WHEN"),
+        help="Of a packed store: hold each block against its checksum when it is read first, whenever it is read, or never.",
+        show_default="first",
     ),
 ]
 Seed = Annotated[int, typer.Option(metavar="N", min=0, help="Seed of the sampling.")]

@@ -31,6 +31,7 @@ def perplexity(
     resident: options.Resident = None,
     context: options.Context = None,
     threads: options.Threads = None,
+    check: options.Check = None,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
@@ -42,7 +43,7 @@ def perplexity(
     given = read_text(text)
     out = Out(as_json=as_json, quiet=quiet)
     budget = {"memory": memory, "resident": resident} if memory or resident else {"memory": "auto"}
-    figures = measure(checkpoint, given, tokens, out, context=context, threads=threads, **budget)
+    figures = measure(checkpoint, given, tokens, out, context=context, threads=threads, check=check, **budget)
     out.document({"checkpoint": checkpoint, "text": str(text)} | figures)
     out.text(f"{figures['perplexity']:.4f}")
     windows = f"{figures['windows']} window{'s' if figures['windows'] > 1 else ''}"

@@ -39,6 +39,7 @@ def plan(
     policy: options.Policy = DEFAULT_POLICY,
     threads: options.Threads = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Measure this machine anew.")] = False,
+    check: options.Check = None,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
@@ -66,8 +67,8 @@ def plan(
             CurveHits(opened, policy) if trace is None else TraceHits(read_trace(trace), opened, policy, name=trace.name)
         )
         measured = machine(fresh=fresh, progress=progress)
-        options_of_all: Any = {"whole": whole, "context": context, "policy": policy, "recall": recall, "progress": progress}
-        found = run(opened, checkpoint, memory, measured, hits, **options_of_all)
+        options_of_all: Any = {"whole": whole, "context": context, "policy": policy, "recall": recall, "check": check}
+        found = run(opened, checkpoint, memory, measured, hits, progress=progress, **options_of_all)
     layers = opened.layout.moe_layers
     about = {
         "checkpoint": checkpoint,

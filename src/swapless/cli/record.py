@@ -44,6 +44,7 @@ def record(
     context: options.Context = None,
     threads: options.Threads = None,
     policy: options.Policy = DEFAULT_POLICY,
+    check: options.Check = None,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
@@ -63,7 +64,7 @@ def record(
     out = Out(as_json=as_json, quiet=quiet)
     total = min(_count(text, corpus, prompts), documents or sys.maxsize)
     budget = {"memory": memory, "resident": resident} if memory or resident else {"memory": "auto"}
-    with open_model(str(checkpoint), out, threads=threads, policy=policy, context=context, **budget) as model:
+    with open_model(str(checkpoint), out, threads=threads, policy=policy, context=context, check=check, **budget) as model:
         from swapless.runtime.record import record as run
 
         with out.progress() as progress:

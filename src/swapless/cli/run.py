@@ -38,6 +38,7 @@ def run(
     prefetch: options.Prefetch = "auto",
     record: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the routing as a trace (.parquet).")] = None,
     force: options.Force = False,
+    check: options.Check = None,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
@@ -57,7 +58,8 @@ def run(
     )
     out = Out(as_json=as_json, quiet=quiet)
     budget = {"memory": memory, "resident": resident} if memory or resident else {"memory": "auto"}
-    with open_model(checkpoint, out, threads=threads, policy=policy, prefetch=prefetch, context=context, **budget) as model:
+    how = {"policy": policy, "prefetch": prefetch, "context": context, "check": check}
+    with open_model(checkpoint, out, threads=threads, **how, **budget) as model:
         tokenizer = open_tokenizer(checkpoint)
         if text is None:
             from swapless.cli.chat import talk

@@ -18,6 +18,7 @@ def commands(
     prefetch: str = AUTO_PREFETCH,
     policy: str = DEFAULT_POLICY,
     context: int | None = None,
+    check: str | None = None,
 ) -> tuple[str, ...]:
     """Command lines that run checkpoint ``name`` so; the first one packs it where ``pack`` gives bits and dense bits.
 
@@ -39,4 +40,6 @@ def commands(
         run += ["--policy", policy]
     if context is not None:
         run += ["--context", f"{context}"]
+    if check is not None:
+        run += ["--check", check]
     return tuple(shlex.join(line) for line in [*lines, [*run, "--prompt", "..."]])

@@ -28,6 +28,7 @@ from swapless.runtime.dry import DryRun, dry_run
 from swapless.runtime.memory import MemoryMeter
 from swapless.runtime.open import OpenCheckpoint
 from swapless.runtime.parts import AUTO_PREFETCH, budget_shape, context_of, gate_leads, parts_to_come
+from swapless.store.packed import Check
 from swapless.units import format_size
 
 PRECISIONS = ((16, 16), (8, 16), (8, 8), (4, 16), (4, 8), (4, 4))
@@ -54,6 +55,7 @@ def plan(
     policy: str = DEFAULT_POLICY,
     precisions: Sequence[tuple[int, int]] = PRECISIONS,
     recall: float = GATE_RECALL,
+    check: str | None = None,
     progress: Progress | None = None,
 ) -> Plan:
     """Foresee what ``opened`` would do with ``memory_bytes``.
@@ -80,6 +82,8 @@ def plan(
         Bits of experts and of all else to plan for; a packed store has its own alone.
     recall : float
         Share of the next MoE layer's experts that its router foresees.
+    check : str, optional
+        As of :func:`swapless.load`.
     progress : callable of (str, float), optional
         Told what is going on and the share done.
 
@@ -103,7 +107,7 @@ def plan(
         forms = [(opened if bits == dense == 16 else as_packed(opened, bits, dense, model)) for bits, dense in precisions]
     else:
         forms = [opened]
-    reads = Reads(opened, machine, whole)
+    reads = Reads(opened, machine, whole, Check.of(check))
     divide = partial(
         _budget, dry=dry, reads=reads, machine=machine, memory_bytes=memory_bytes, context_tokens=context_tokens, policy=policy
     )
@@ -122,7 +126,7 @@ def plan(
             mine = [case for case in cases if case.form is form]
             wanted = {case.prefetch: hits.of(case.budget.slots) for case in mine if case.budget is not None}
             expected = timing.expected(form, wanted)
-            rows += [_set_up(case, name, policy, expected.get(case.prefetch), memory_bytes, context) for case in mine]
+            rows += [_set_up(case, name, policy, expected.get(case.prefetch), memory_bytes, context, check) for case in mine]
     return Plan(
         memory_bytes=memory_bytes,
         context_tokens=context_tokens,
@@ -192,6 +196,7 @@ def _set_up(
     expected: Expectation | None,
     memory_bytes: int,
     context: int | None,
+    check: str | None,
 ) -> SetUp:
     manifest, budget = case.form.manifest, case.budget
     bits, dense_bits = case.form.bits
@@ -220,6 +225,7 @@ def _set_up(
             prefetch=AUTO_PREFETCH if case.default else "none",
             policy=policy,
             context=context,
+            check=check if manifest is not None else None,
         ),
     )
 

@@ -8,7 +8,7 @@ from swapless.plan.machine import Machine, probe_files
 from swapless.plan.traffic import BlocksTraffic, StoreTraffic, Traffic
 from swapless.runtime.open import OpenCheckpoint
 from swapless.runtime.parts import open_store, sample_extents
-from swapless.store.packed import block_parts
+from swapless.store.packed import Check, block_parts
 from swapless.store.probe import DEPTHS, Probe, probe
 
 
@@ -23,15 +23,17 @@ class Reads:
         Its figures stand in where the weights are not there.
     whole : bool
         Whether they are.
+    check : Check
+        When blocks of a packed store are held against their checksums.
     """
 
-    def __init__(self, opened: OpenCheckpoint, machine: Machine, whole: bool) -> None:
-        self._machine, self._opened = machine, opened
+    def __init__(self, opened: OpenCheckpoint, machine: Machine, whole: bool, check: Check = Check.FIRST) -> None:
+        self._machine, self._opened, self._check = machine, opened, check
         self._files = opened.files if whole else []
         self._found: dict[int, Probe] = {}
         self.source = "probed on its files" if whole else "as of the disk of the cache folder: the model is not here"
         layers = opened.layout.moe_layers
-        store = open_store(opened, check=False)
+        store = open_store(opened, check)
         try:
             extents = store.extents(0, 0)
             self._bytes = sum(extent.nbytes for extent in extents)
@@ -56,7 +58,7 @@ class Reads:
             return None
         if self._planned(form):
             return BlocksTraffic(self._files, self._block_bytes(form))
-        return StoreTraffic(open_store(self._opened, check=False), min(m.num_experts for m in self._opened.layout.moe_layers))
+        return StoreTraffic(open_store(self._opened, self._check), min(m.num_experts for m in self._opened.layout.moe_layers))
 
     def threads(self, form: OpenCheckpoint) -> int:
         """How many reads the engine would have in flight."""

@@ -1,4 +1,8 @@
-"""Compiled loops over routing; every slow twin stands in the tests."""
+"""Compiled loops over routing; every slow twin stands in the tests.
+
+Those that take a trace's ids have a door at the end of this file, which looks at them first. The others work on arrays that a
+stream made for itself.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +10,13 @@ from typing import Any
 
 import numpy as np
 
+from swapless.arrays import want, want_ids
 from swapless.compiled import kernel
+from swapless.errors import UsageError, message
 
 
 @kernel()
-def add_routing(into: Any, rows: Any, ids: Any, num_experts: int) -> None:
-    """Add the choices ``ids`` (T, L, K) of each token to row ``rows[t]`` of ``into`` (R, L*E); row -1 is nowhere."""
+def _add_routing(into: Any, rows: Any, ids: Any, num_experts: int) -> None:
     for t in range(len(rows)):
         row = rows[t]
         if row < 0:
@@ -24,8 +29,7 @@ def add_routing(into: Any, rows: Any, ids: Any, num_experts: int) -> None:
 
 
 @kernel()
-def multi_hot(ids: Any, num_experts: int, out: Any) -> None:
-    """Set ``out`` (T, L, E) to 1 where an expert of ``ids`` (T, L, K) was chosen."""
+def _multi_hot(ids: Any, num_experts: int, out: Any) -> None:
     for t in range(ids.shape[0]):
         for layer in range(ids.shape[1]):
             for place in range(ids.shape[2]):
@@ -93,7 +97,7 @@ def finish_token(ids: Any, num_experts: int, fades: Any, before: Any, faded: Any
 
 
 @kernel()
-def document_blocks(
+def _document_blocks(
     ids: Any,
     num_experts: int,
     fades: Any,
@@ -107,11 +111,6 @@ def document_blocks(
     out: Any,
     numbers: Any,
 ) -> None:
-    """All blocks (BLOCKS, T, L*E) of one document, and ``numbers`` (3, T): occurrences of word, of pair, and in this document.
-
-    ``single`` and ``pair`` are (rows, totals, counts) of tables; ``own_*`` the same for what is to be left out, rows -1 for
-    nothing. ``words`` (T,) number the distinct words from 0, -1 an unknown one.
-    """
     width = len(smooth)
     met, seen = np.zeros((num_words + 1, width), np.float32), np.zeros(num_words + 1, np.float32)
     before, faded = np.zeros(width, np.float32), np.zeros((len(fades), width), np.float32)
@@ -151,12 +150,7 @@ def document_blocks(
 
 
 @kernel()
-def document_past(ids: Any, num_experts: int, fades: Any, before: Any, faded: Any) -> None:
-    """Past routing of every token of one document.
-
-    ``before`` (T, L*E) becomes the choices of the token before, ``faded`` (F, T, L*E) the fading sums of all finished ones, a
-    token ``a`` back weighing ``(1 - fade) * fade**(a - 1)``.
-    """
+def _document_past(ids: Any, num_experts: int, fades: Any, before: Any, faded: Any) -> None:
     width = before.shape[1]
     last, sums, unused = np.zeros(width, np.float32), np.zeros((len(fades), width), np.float32), np.zeros(width, np.float32)
     for t in range(ids.shape[0]):
@@ -164,3 +158,96 @@ def document_past(ids: Any, num_experts: int, fades: Any, before: Any, faded: An
         for rate in range(len(fades)):
             faded[rate, t, :] = sums[rate]
         finish_token(ids[t], num_experts, fades, last, sums, unused)
+
+
+def _checked(ids: np.ndarray, layers: int, num_experts: int, rows: int) -> None:
+    want_ids(want(ids, "expert_ids", np.int16, (rows, layers, None)), num_experts)
+
+
+def add_routing(into: np.ndarray, rows: np.ndarray, ids: np.ndarray, num_experts: int) -> None:
+    """Add the choices ``ids`` (T, L, K) of each token to row ``rows[t]`` of ``into`` (R, L*E); row -1 is nowhere.
+
+    Raises
+    ------
+    UsageError
+        Ids out of range or twice in a row, or arrays that do not fit each other.
+    """
+    want(into, "sums", into.dtype, (None, ids.shape[1] * num_experts))
+    _checked(ids, ids.shape[1], num_experts, len(rows))
+    _rows_of(rows, len(into), len(ids))
+    _add_routing(into, rows, ids, num_experts)
+
+
+def _rows_of(rows: np.ndarray, length: int, tokens: int) -> None:
+    """Refuse rows of a table that are not there; -1 is nowhere."""
+    want(rows, "rows", np.int64, (tokens,))
+    if rows.size and (rows.min() < -1 or rows.max() >= length):
+        got = f"{rows.min()} to {rows.max()}"
+        raise UsageError(message("A row of a table is out of range.", got=got, allowed=f"-1 to {length - 1}"))
+
+
+def multi_hot(ids: np.ndarray, num_experts: int, out: np.ndarray) -> None:
+    """Set ``out`` (T, L, E) to 1 where an expert of ``ids`` (T, L, K) was chosen.
+
+    Raises
+    ------
+    UsageError
+        Ids out of range or twice in a row, or arrays that do not fit each other.
+    """
+    want(out, "chosen", out.dtype, (len(ids), None, num_experts))
+    _checked(ids, out.shape[1], num_experts, len(out))
+    _multi_hot(ids, num_experts, out)
+
+
+def document_blocks(
+    ids: np.ndarray,
+    num_experts: int,
+    fades: np.ndarray,
+    smooth: np.ndarray,
+    words: np.ndarray,
+    num_words: int,
+    single: Any,
+    pair: Any,
+    own_single: Any,
+    own_pair: Any,
+    out: np.ndarray,
+    numbers: np.ndarray,
+) -> None:
+    """All blocks (BLOCKS, T, L*E) of one document, and ``numbers`` (3, T): occurrences of word, of pair, and in this document.
+
+    ``single`` and ``pair`` are (rows, totals, counts) of tables; ``own_*`` the same for what is to be left out, rows -1 for
+    nothing. ``words`` (T,) number the distinct words from 0, -1 an unknown one.
+
+    Raises
+    ------
+    UsageError
+        Ids out of range or twice in a row, or arrays that do not fit each other.
+    """
+    width = ids.shape[1] * num_experts
+    _checked(ids, ids.shape[1], num_experts, len(words))
+    _rows_of(words, num_words, len(ids))
+    want(smooth, "shares", np.float32, (width,))
+    want(out, "blocks", np.float32, (4 + len(fades), len(ids), width))
+    want(numbers, "numbers", np.float32, (3, len(ids)))
+    for rows, totals, counts in (single, pair, own_single, own_pair):
+        _rows_of(rows, len(totals), len(ids))
+        want(counts, "counts", np.uint16, (len(totals), width))
+    _document_blocks(ids, num_experts, fades, smooth, words, num_words, single, pair, own_single, own_pair, out, numbers)
+
+
+def document_past(ids: np.ndarray, num_experts: int, fades: np.ndarray, before: np.ndarray, faded: np.ndarray) -> None:
+    """Past routing of every token of one document.
+
+    ``before`` (T, L*E) becomes the choices of the token before, ``faded`` (F, T, L*E) the fading sums of all finished ones, a
+    token ``a`` back weighing ``(1 - fade) * fade**(a - 1)``.
+
+    Raises
+    ------
+    UsageError
+        Ids out of range or twice in a row, or arrays that do not fit each other.
+    """
+    width = ids.shape[1] * num_experts
+    _checked(ids, ids.shape[1], num_experts, len(ids))
+    want(before, "before", np.float32, (len(ids), width))
+    want(faded, "fading sums", np.float32, (len(fades), len(ids), width))
+    _document_past(ids, num_experts, fades, before, faded)

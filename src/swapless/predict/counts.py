@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from swapless.arrays import want
 from swapless.predict._kernels import add_routing
 
 PAIR = np.int64(1 << 32)
@@ -27,10 +28,17 @@ class CountTable:
         Occurrences of each key.
     counts : uint16 ndarray of shape (R, L*E)
         How many of them were routed to each expert.
+
+    Raises
+    ------
+    UsageError
+        Arrays of other types, or that do not fit each other.
     """
 
     def __init__(self, keys: np.ndarray, totals: np.ndarray, counts: np.ndarray) -> None:
-        self.keys, self.totals, self.counts = keys, totals, counts
+        self.keys = want(keys, "keys of a table", np.int64, (None,))
+        self.totals = want(totals, "totals of a table", np.int64, (len(keys),))
+        self.counts = want(counts, "counts of a table", np.uint16, (len(keys), None))
 
     @classmethod
     def of(cls, keys: np.ndarray, ids: np.ndarray, num_experts: int, *, least: int = 1, most: int = 1 << 20) -> CountTable:

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from swapless.arrays import want
 from swapless.predict._kernels import add_routing, document_blocks, multi_hot
 from swapless.predict.counts import CountTable, pairs
 from swapless.predict.popularity import popularity
@@ -61,7 +62,11 @@ class TokenMemory:
     """
 
     def __init__(self, vocabulary: Vocabulary, popularity: np.ndarray, single: CountTable, pair: CountTable) -> None:
-        self.vocabulary, self.popularity, self.single, self.pair = vocabulary, popularity, single, pair
+        self.vocabulary = vocabulary
+        self.popularity = want(popularity, "popularity", np.float32, (None, None))
+        self.single, self.pair = single, pair
+        for table in (single, pair):
+            want(table.counts, "counts of a table", np.uint16, (None, popularity.size))
 
     @classmethod
     def of(cls, trace: Trace, vocabulary: Vocabulary, *, most_pairs: int = 8192) -> TokenMemory:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Self, final
 
 import numpy as np
 
+from swapless.arrays import want, want_ids
 from swapless.errors import UsageError, message
 from swapless.notation import NO_EXPERT
 from swapless.registry import Registry
@@ -100,12 +101,20 @@ class TokenStream(ABC):
         Raises
         ------
         UsageError
-            Not the next MoE layer of a token that has begun.
+            Not the next MoE layer of a token that has begun, more than K ids, or one out of range.
         """
         if not self._open or moe_layer != self._known or moe_layer >= self.fitted.num_moe_layers:
             what = "A stream takes the MoE layers of a token in order."
             raise UsageError(message(what, got=f"moe_layer {moe_layer}", allowed=f"{self._known}, after begin_token"))
-        ids = np.asarray(expert_ids, np.int16).reshape(-1)
+        ids = np.asarray(expert_ids).reshape(-1)
+        experts = self.fitted.num_experts
+        if (
+            len(ids) > self.fitted.top_k
+            or ids.dtype.kind not in "iu"
+            or not all(-1 <= expert < experts for expert in ids.tolist())
+        ):
+            allowed = f"at most {self.fitted.top_k} from 0 to {experts - 1}, or -1"
+            raise UsageError(message("A stream was given ids that cannot be.", got=ids.tolist(), allowed=allowed))
         self._ids[moe_layer, : len(ids)] = ids
         self._known += 1
         if self._known == self.fitted.num_moe_layers:
@@ -115,7 +124,15 @@ class TokenStream(ABC):
 
     @final
     def take_in(self, tokens: Sequence[str | int], expert_ids: np.ndarray) -> None:
-        """Finished tokens of the document and their routing, int16 (T, L, K): as if each had been followed, and quicker."""
+        """Finished tokens of the document and their routing, int16 (T, L, K): as if each had been followed, and quicker.
+
+        Raises
+        ------
+        UsageError
+            Ids of another shape, or out of range.
+        """
+        wanted = (len(tokens), self.fitted.num_moe_layers, self.fitted.top_k)
+        want_ids(want(expert_ids, "expert_ids", np.int16, wanted), self.fitted.num_experts)
         self._close()
         for number, (token, ids) in enumerate(zip(tokens, expert_ids)):
             self._pass(token, len(tokens) - number)

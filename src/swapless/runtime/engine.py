@@ -27,6 +27,7 @@ from swapless.runtime.routers import RouterTap
 from swapless.runtime.routing import RoutingLog, Step
 from swapless.runtime.stats import Stats
 from swapless.runtime.store import Store
+from swapless.runtime.texts import Texts
 from swapless.store.probe import Probe
 from swapless.trace import Trace
 
@@ -78,8 +79,12 @@ class Engine:
         counts = self._counts | self._fetcher.counts
         if self._fetcher.prefetcher is not None:
             counts |= self._fetcher.prefetcher.figures()
+        taken_back = {phase: self.texts.num_taken_back(phase) for phase in Phase}
+        for phase, rows in taken_back.items():
+            counts[f"{phase.label}_tokens"] -= rows
         return Stats(
             **counts,
+            taken_back_tokens=sum(taken_back.values()),
             first_token_s=self._first_token_s,
             peak_memory_bytes=self._peak if self._closed else self._meter.peak_bytes(),
             peak_memory_source=self._meter.source,
@@ -90,9 +95,15 @@ class Engine:
         self._counts: dict[str, Any] = defaultdict(int)
         self._first_token_s: float | None = None
         self._fetcher.reset_counts()
+        self.texts.count_from_here()
+
+    @property
+    def texts(self) -> Texts:
+        """Which of the rows that were run make up which text."""
+        return self._routing.texts
 
     def trace(self) -> Trace:
-        """The routing so far, in the trace format."""
+        """The routing so far, in the trace format: a document for each text, see :meth:`RoutingLog.trace`."""
         return self._routing.trace()
 
     def reset_trace(self) -> None:
@@ -101,7 +112,6 @@ class Engine:
 
     def record_scores(self, tap: RouterTap | None) -> None:
         """Keep the router's output for every expert in the trace from now on; None ends it. Forgets the routing so far."""
-        self._routing.clear()
         self._routing.tap = tap
 
     def close(self) -> None:
@@ -128,7 +138,8 @@ class Engine:
             raise ClosedError(message("The model was closed.", step="Load it again with swapless.load."))
         self._phase = step.phase
         self._routing.begin(step)
-        self._step_rows = int(step.valid.sum())
+        self._step_rows = int(step.recorded.sum())
+        self._continues = step.continues
         self._stalled_before = self._fetcher.counts["stall_s"]
         self._step_started = time.perf_counter()
         if self._fetcher.prefetcher is not None:
@@ -153,7 +164,7 @@ class Engine:
             if self._fetcher.prefetcher is not None:
                 self._fetcher.prefetcher.token_done(seconds)
         else:
-            self._first_token_s = seconds
+            self._first_token_s = seconds + (self._first_token_s or 0.0 if self._continues else 0.0)
 
     def abandon_step(self) -> None:
         """Leave a forward call that is not the whole model's: its routing is not kept and its time not counted."""

@@ -188,6 +188,11 @@ def _work(data):  # type: ignore[no-untyped-def]
 _tasks = CFunction(_work, error_model="numpy", boundscheck=False)
 
 
+def ready() -> None:
+    """Compile what calls run through, or read it from the cache: the first token must not pay for it."""
+    _ = _tasks.address
+
+
 def perform(call_address: int) -> None:
     """Work on a call, int64 at ``call_address``, on all of torch's threads."""
     run_on_all(_tasks.address, call_address)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import NoReturn
+
 import numpy as np
 import torch
 
-from swapless.runtime.kernels import ACTIVATIONS, as_rows, perform
+from swapless.errors import UnsupportedOperationError
+from swapless.runtime.kernels import ACTIVATIONS, as_rows, perform, ready
 from swapless.runtime.kernels_call import (
     DOWN,
     FLOATS,
@@ -35,6 +38,7 @@ class _Call:
     def __init__(
         self, out: MatrixLayout, into: MatrixLayout | None, activation: int, experts: int, rounded: torch.Tensor, field: int
     ) -> None:
+        ready()
         self._out, self._experts, self._rounded = out, experts, rounded
         self.first = new_call(out, into, activation, experts)
         self.first[TOKENS_IN_ALL // 8] = 1
@@ -46,6 +50,9 @@ class _Call:
         self._address = self._now.ctypes.data
         self._lines = experts_of(self._now)
         self._starts = 4 * out.padded_rows * np.arange(experts)
+
+    def __reduce__(self) -> NoReturn:
+        raise UnsupportedOperationError("A prepared call holds addresses of its own memory: prepare another one.")
 
     def begin(self) -> np.ndarray:
         """Forget the last time; the lines of the experts, for the addresses of their matrices."""
@@ -62,11 +69,14 @@ class _Call:
 
 
 class RowProduct:
-    """A matrix in ``layout`` times one token."""
+    """A matrix in ``layout`` times one token. A copy is prepared anew: the addresses in it are those of its own memory."""
 
     def __init__(self, layout: MatrixLayout) -> None:
         self._layout = layout
         self._call = _Call(layout, None, 0, 1, _scratch(layout), INNER)
+
+    def __reduce__(self) -> tuple[type[RowProduct], tuple[MatrixLayout]]:
+        return RowProduct, (self._layout,)
 
     def __call__(self, matrix: int, token: torch.Tensor) -> torch.Tensor:
         """``token`` (1, columns) of any floating type to float32 (1, rows), as :func:`~.kernels.product` has it.
@@ -78,7 +88,7 @@ class RowProduct:
 
 
 class GatedRowProduct:
-    """Experts in two layouts times one token that all of them share.
+    """Experts in two layouts times one token that all of them share. A copy is prepared anew.
 
     Parameters
     ----------
@@ -90,8 +100,12 @@ class GatedRowProduct:
 
     def __init__(self, into: MatrixLayout, out: MatrixLayout, activation: str) -> None:
         self._into, self._out, self._activation = into, out, ACTIVATIONS[activation]
+        self._given = into, out, activation
         self._rounded = _scratch(into)
         self._calls: dict[int, tuple[_Call, torch.Tensor]] = {}
+
+    def __reduce__(self) -> tuple[type[GatedRowProduct], tuple[MatrixLayout, MatrixLayout, str]]:
+        return GatedRowProduct, self._given
 
     def __call__(self, gates: np.ndarray, ups: np.ndarray, downs: np.ndarray, token: torch.Tensor) -> torch.Tensor:
         """``token`` (1, columns) of any floating type to float32 (experts, rows), as :func:`~.kernels.gated_product` has it.

@@ -41,9 +41,19 @@ class QuantizedLinear(torch.nn.Module):
         self._one_token = RowProduct(layout)
 
     def fill(self, memory: torch.Tensor) -> None:
-        """Take the weights' bytes, uint8 of ``layout.nbytes``, aligned to 64. The layer keeps them."""
-        assert len(memory) == self.layout.nbytes and memory.data_ptr() % 64 == 0
-        self._memory = memory
+        """Take the weights' bytes, uint8 of ``layout.nbytes``; they are copied where they do not begin at a multiple of 64."""
+        assert len(memory) == self.layout.nbytes
+        self._memory = _aligned(memory)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._memory = _aligned(self._memory)  # a copy may lie anywhere
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        *_, errors = args
+        if f"{prefix}weight" in state_dict:  # without this, it would be left out in silence where strict=False
+            errors.append(f"{prefix}weight: a layer with rounded weights takes no others; pack the checkpoint that has them.")
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     @property
     def weight(self) -> torch.Tensor:
@@ -62,6 +72,15 @@ class QuantizedLinear(torch.nn.Module):
         at_once = max(1, _VALUES_BYTES // (4 * (self.layout.padded_rows + self.layout.padded_columns)))
         parts = [product(self.layout, address, as_inputs([part], self.layout)).to(flat.dtype) for part in flat.split(at_once)]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _aligned(memory: torch.Tensor) -> torch.Tensor:
+    """``memory``, or a copy of it, uint8, that begins at a multiple of 64: kernels read it by such lines."""
+    if memory.data_ptr() % 64 == 0:
+        return memory
+    whole = torch.empty(len(memory) + 64, dtype=torch.uint8, device="cpu")
+    first = -whole.data_ptr() % 64
+    return whole[first : first + len(memory)].copy_(memory)
 
 
 def quantize_linears(model: torch.nn.Module, layouts: Mapping[str, MatrixLayout]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -34,7 +34,7 @@ from swapless.runtime.shape import trace_header
 from swapless.runtime.source import checkpoint_folder
 from swapless.runtime.steps import StepHooks
 from swapless.runtime.store import Store
-from swapless.store.packed import Manifest
+from swapless.store.packed import Check, Manifest, check_dense_file
 from swapless.store.probe import HELD_BYTES, Probe, probe
 from swapless.store.read import FileReader
 from swapless.store.tensors import TensorReader
@@ -59,7 +59,7 @@ def load(
     dtype: str | torch.dtype = "auto",
     attn_implementation: str | None = None,
     local_files_only: bool = False,
-    check: bool = False,
+    check: str | bool | None = None,
     progress: Progress | None = None,
 ) -> PreTrainedModel:
     """An ordinary transformers model that holds its experts in a byte budget and reads the rest when needed.
@@ -93,8 +93,9 @@ def load(
     attn_implementation : str, optional
         As in ``from_pretrained``, which decides by itself; of a packed store with rounded weights, ``"swapless_grouped"``
         where the family has ``"sdpa"``: the same attention, faster in decode steps.
-    check : bool
-        Of a packed store: hold every block against its checksum when it is read.
+    check : str, optional
+        When weights of a packed store are held against their checksums: ``"first"`` (the default), a block of an expert at
+        its first read and all else when it is loaded; ``"always"``, a block at each read; or ``"none"``.
     progress : callable of (str, float), optional
         Told what is going on and the share done.
 
@@ -127,7 +128,8 @@ def load(
     report("reading headers", 0.0)
     folder = checkpoint_folder(checkpoint, revision=revision, token=token, local_files_only=local_files_only)
     opened = open_checkpoint(folder, dtype)
-    if check and opened.manifest is None:
+    when = Check.of(check)
+    if check and check != Check.NONE and opened.manifest is None:
         raise UsageError(message("Only a packed store has checksums to check.", got=folder, step="Leave check out."))
     model_id = _model_id(checkpoint)
     ahead = prefetch_of(prefetch, opened, model_id)
@@ -142,7 +144,7 @@ def load(
     hoped = plan_budget(total_bytes=total_bytes, resident_share=share, fixed_parts=fixed, **shape)
 
     report("loading non-expert weights", 0.1)
-    model = _load_non_experts(opened, attn_implementation)
+    model = _load_non_experts(opened, attn_implementation, when)
     report("measuring", 0.7)
     _warm_kernels(chosen)
     compute = computation(opened)
@@ -152,7 +154,7 @@ def load(
         before_bytes = meter.now_bytes()
         lookahead = ahead.open(model)
         fixed["prediction"] = max(0, meter.now_bytes() - before_bytes)
-    store = open_store(opened, check)
+    store = open_store(opened, when)
     held_bytes = min(HELD_BYTES, hoped.slots * hoped.slot_bytes // 2)  # no more than slots take later
     measured = probe(store.reader, sample_extents(store, layers), copied=store.bounce_bytes > 0, held_bytes=held_bytes)
     dropped_bytes += drop_unused_cache()
@@ -186,20 +188,27 @@ def _target(memory: str | int | None, resident: str | float | None) -> tuple[int
     return (None if memory is None or memory == "auto" else parse_size(memory)), None
 
 
-def _load_non_experts(opened: OpenCheckpoint, attn_implementation: str | None) -> PreTrainedModel:
+def _load_non_experts(opened: OpenCheckpoint, attn_implementation: str | None, check: Check) -> PreTrainedModel:
+    checksums: Mapping[str, str] = {}
+    if opened.manifest is not None and check != Check.NONE:
+        checksums = opened.manifest.tensors
+        if not checksums:
+            check_dense_file(opened.folder, opened.manifest)
     bars = transformers_logging.is_progress_bar_enabled()
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     reader = FileReader(opened.files)
+    tensors = TensorReader(reader, checksums)
     try:
-        tensors = TensorReader(reader)
         if opened.manifest is not None and opened.manifest.dense:
             model, wrong = _load_quantized_linears(opened, opened.manifest, tensors, attn_implementation)
         else:
             cls = offloaded_class(opened.cls)
             model, wrong = load_non_experts(cls, opened.config, opened.layout, opened.refs, tensors, attn_implementation)
+        tensors.check()
     except RuntimeError as error:
+        tensors.check()
         raise CheckpointCorruptError(
             message("Weights do not fit the model.", where=opened.folder, got=str(error).splitlines()[0])
         ) from error

@@ -12,12 +12,14 @@ from transformers import AutoConfig, PreTrainedModel
 
 from swapless.errors import (
     CheckpointCorruptError,
+    PackMismatchError,
     UnsupportedFamilyError,
     UsageError,
     message,
 )
 from swapless.runtime.door import (
     Layout,
+    check_packed_model,
     check_quantization,
     checkpoint_layout,
     dequantize_on_load,
@@ -27,8 +29,8 @@ from swapless.runtime.door import (
 )
 from swapless.runtime.families import NEEDS, unsupported_family
 from swapless.runtime.pool import slot_bytes
-from swapless.store.headers import TensorRef, read_config, read_headers
-from swapless.store.packed import Manifest, is_packed, read_manifest
+from swapless.store.headers import TensorRef, read_config, read_header, read_headers
+from swapless.store.packed import DENSE, Manifest, check_dense, is_packed, read_manifest
 
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -104,7 +106,9 @@ def open_checkpoint(folder: Path, dtype: str | torch.dtype = "auto") -> OpenChec
     raw = read_config(folder)
     _refuse_unserved(folder, raw)
     manifest = read_manifest(folder) if is_packed(folder) else None
-    refs = read_headers(folder)
+    refs = read_headers(folder) if manifest is None else read_header(folder / DENSE)
+    if manifest is not None:
+        check_dense(folder, manifest, refs)
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # configuration classes check themselves, each with errors of its own
@@ -117,7 +121,10 @@ def open_checkpoint(folder: Path, dtype: str | torch.dtype = "auto") -> OpenChec
     cls = model_class(config)
     if manifest is not None:
         own = getattr(torch, manifest.dtype) if dtype == "auto" else resolve_dtype(dtype, config, refs)
-        layout = packed_layout(skeleton(cls, config), manifest, refs, own)
+        _check_dtype(folder, config, manifest)
+        meta = skeleton(cls, config)
+        layout = packed_layout(meta, manifest, refs, own)
+        check_packed_model(meta, manifest, refs)
     else:
         layout = checkpoint_layout(skeleton(cls, config), refs, resolve_dtype(dtype, config, refs))
     if layout.top_k is None:
@@ -125,6 +132,20 @@ def open_checkpoint(folder: Path, dtype: str | torch.dtype = "auto") -> OpenChec
             message("The configuration does not say how many experts a token uses.", where=folder, got=config.model_type)
         )
     return OpenCheckpoint(folder, config, cls, layout, refs, layout.top_k * len(layout.moe_layers), manifest)
+
+
+def _check_dtype(folder: Path, config: Any, manifest: Manifest) -> None:
+    stated = stated_dtype(config)
+    if stated is not None and str(stated).removeprefix("torch.") != manifest.dtype:
+        raise PackMismatchError(
+            message(
+                "The packed store is of another type than its configuration.",
+                where=folder,
+                got=manifest.dtype,
+                allowed=stated,
+                step="Pack the checkpoint again.",
+            )
+        )
 
 
 def _refuse_unserved(folder: Path, raw: dict[str, Any]) -> None:
@@ -160,10 +181,13 @@ def resolve_dtype(dtype: str | torch.dtype, config: Any, refs: dict[str, TensorR
         if not isinstance(named, torch.dtype) or not named.is_floating_point:
             raise UsageError(message("Unknown dtype.", got=repr(dtype), allowed="auto, bfloat16, float16, float32"))
         return named
+    return stated_dtype(config) or next((_FLOATS[ref.dtype] for ref in refs.values() if ref.dtype in _FLOATS), torch.float32)
+
+
+def stated_dtype(config: Any) -> torch.dtype | None:
+    """The type that the configuration itself names, if it does."""
     stated = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
-    if isinstance(stated, torch.dtype):
-        return stated
-    return next((_FLOATS[ref.dtype] for ref in refs.values() if ref.dtype in _FLOATS), torch.float32)
+    return stated if isinstance(stated, torch.dtype) else None
 
 
 def describe(folder: str | Path) -> CheckpointInfo:

@@ -13,24 +13,19 @@ import numpy as np
 import torch
 
 from swapless.errors import UsageError, message
-from swapless.runtime.door import DTYPES, ExpertParameter, MoeLayer, experts_of, skeleton
+from swapless.runtime.door import DTYPES, ExpertParameter, MoeLayer, expert_pieces, experts_of, skeleton
 from swapless.runtime.open import OpenCheckpoint, open_checkpoint
 from swapless.runtime.source import checkpoint_folder
-from swapless.store.checkpoint import SLOT_ALIGNMENT, CheckpointStore, Convert, FetchedPart, ParameterSource, cut
+from swapless.store.checkpoint import CheckpointStore, Convert, FetchedPart, ParameterSource, cut
 from swapless.store.headers import INDEX_NAME, TensorRef
+from swapless.store.manifest import DENSE, Manifest, PackedLayer, Piece, block_file_name, is_plain_name
 from swapless.store.matrix import ROW_BLOCK, MatrixLayout, check_precision
-from swapless.store.pack import DenseTensor, Packing, Source
-from swapless.store.packed import (
-    DENSE,
-    Manifest,
-    PackedLayer,
-    Piece,
-    checkpoint_identity,
-    is_packed,
-    read_manifest,
-)
+from swapless.store.pack import DenseTensor, Packing
+from swapless.store.packed import checkpoint_identity, is_packed
 from swapless.store.quantize import quantize
 from swapless.store.read import BLOCK_BYTES, FileReader, aligned_buffer
+from swapless.store.write import saying_that_it_goes_on
+from swapless.store.write_blocks import Source
 from swapless.units import format_size
 
 DENSE_BITS = (16, 8, 4)
@@ -73,7 +68,8 @@ def pack(
     Returns
     -------
     Manifest
-        What was written. Whether or not the run was stopped on the way, the files are the same, byte for byte.
+        What was written. Whether or not the run was stopped on the way, the files are the same, byte for byte: whatever an
+        earlier run left is held against its checksums, and written again where it differs, in a finished store too.
 
     Raises
     ------
@@ -83,6 +79,8 @@ def pack(
         ``out`` holds a packed store of another checkpoint, or packed in another way.
     UsageError
         Unknown bits or group, or ``out`` holds something else.
+    LockedError
+        Another process packs into ``out``.
     WriteError
         No room, or no permission; ``out`` has no manifest then.
     """
@@ -96,21 +94,35 @@ def pack(
         raise UsageError(message("This is a packed store already.", got=folder, step="Pack the checkpoint it was made from."))
     opened = open_checkpoint(folder)
     identity = checkpoint_identity(folder)
-    packing = Packing.begin(target, {"identity": identity, "bits": bits, "group": group, "dense_bits": dense_bits})
-    if packing.finished:
-        return read_manifest(target)
+    small = [file for file in sorted({file for pattern in _SMALL_FILES for file in folder.glob(pattern)}) if _is_copied(file)]
+    options = {"identity": identity, "bits": bits, "group": group, "dense_bits": dense_bits}
+    with saying_that_it_goes_on(), Packing.begin(target, options, {file.name for file in small}) as packing:
+        if packing.manifest is not None:
+            nbytes = sum(layer.num_experts * layer.block_bytes for layer in packing.manifest.moe_layers)
+            nbytes += sum(entry["bytes"] for entry in packing.manifest.files.values())
+            if packing.is_whole(_Meter(progress, nbytes, "checked").add):
+                return packing.manifest
+            packing.reopen()
+        return _pack(opened, packing, small, progress)
+
+
+def _is_copied(file: Path) -> bool:
+    return file.is_file() and file.name != INDEX_NAME and is_plain_name(file.name)
+
+
+def _pack(opened: OpenCheckpoint, packing: Packing, small: Sequence[Path], progress: Progress | None) -> Manifest:
+    bits, group, dense_bits = (int(packing.options[name]) for name in ("bits", "group", "dense_bits"))
     modules = dict(experts_of(skeleton(opened.cls, opened.config)))
     layers = packed_layers(opened, modules, bits, group)
     # What no parameter was matched with is kept too: transformers may know what to do with it.
     refs = [ref for key, ref in opened.refs.items() if key not in opened.layout.expert_keys]
     read_bytes = sum(opened.refs[key].nbytes for key in opened.layout.expert_keys)
     written = sum(layer.num_experts * plan.block_bytes for layer, plan in zip(opened.layout.moe_layers, layers, strict=True))
-    meter = _Meter(progress, read_bytes + written + 2 * sum(ref.nbytes for ref in refs))
+    meter = _Meter(progress, read_bytes + written + 2 * sum(ref.nbytes for ref in refs), "read and written")
     reader = FileReader(opened.files)
     try:
-        for file in sorted({file for pattern in _SMALL_FILES for file in folder.glob(pattern)}):
-            if file.name != INDEX_NAME and file.is_file():
-                packing.copy(file)
+        for file in small:
+            packing.copy(file)
         linears = packed_linears(opened, dense_bits)
         tensors = [_linear(ref, reader, dense_bits, group) if ref.key in linears else _as_it_is(ref, reader) for ref in refs]
         with ThreadPoolExecutor(1) as aside:
@@ -130,10 +142,12 @@ def pack(
         group=group,
         dense_bits=dense_bits,
         dtype=str(opened.layout.dtype).removeprefix("torch."),
-        source={"name": folder.resolve().name, "identity": identity},
+        source={"name": opened.folder.resolve().name, "identity": str(packing.options["identity"])},
         moe_layers=tuple(layers),
         dense=linears,
-        files={name: done for name, done in sorted(packing.done.items()) if isinstance(done, dict)},
+        tensors=packing.tensors,
+        files=dict(sorted(packing.files.items())),
+        perplexity=packing.perplexity,
     )
     packing.finish(manifest)
     return manifest
@@ -155,35 +169,16 @@ def packed_linears(opened: OpenCheckpoint, dense_bits: int) -> dict[str, dict[st
 
 
 def _plan(number: int, layer: MoeLayer, module: Any, bits: int, group: int) -> PackedLayer:
-    pieces: list[Piece] = []
-    at = 0
-    for parameter in layer.parameters:
-        for piece in _pieces(parameter, module, bits, group):
-            pieces.append(Piece(**piece, offset=at))
-            at = -(-(at + piece["nbytes"]) // SLOT_ALIGNMENT) * SLOT_ALIGNMENT
+    pieces = expert_pieces(layer.parameters, module, bits, group)
     return PackedLayer(
         path=layer.path,
         block=layer.block,
-        file=f"experts-{number:05d}.safetensors",
+        file=block_file_name(number),
         data_offset=0,
-        block_bytes=-(-at // BLOCK_BYTES) * BLOCK_BYTES,
-        pieces=tuple(pieces),
+        block_bytes=-(-(pieces[-1].offset + pieces[-1].nbytes) // BLOCK_BYTES) * BLOCK_BYTES,
+        pieces=pieces,
         checksums=(),
     )
-
-
-def _pieces(parameter: ExpertParameter, module: Any, bits: int, group: int) -> Iterator[dict[str, Any]]:
-    if bits == 16 or len(parameter.shape) != 2:
-        dtype = str(parameter.dtype).removeprefix("torch.")
-        yield {"name": parameter.name, "bits": 16, "dtype": dtype, "shape": parameter.shape, "nbytes": parameter.nbytes}
-        return
-    rows, columns = reversed(parameter.shape) if module.is_transposed else parameter.shape
-    # Where gate and up lie one after the other, each is a matrix of its own, so that a kernel can have both block by block.
-    halves = 2 if parameter.name == "gate_up_proj" and getattr(module, "is_concatenated", True) else 1
-    for _ in range(halves):
-        layout = MatrixLayout(rows=rows // halves, columns=columns, bits=bits, group=group)
-        shape = (layout.rows, layout.columns)
-        yield {"name": parameter.name, "bits": bits, "dtype": f"int{bits}", "shape": shape, "nbytes": layout.nbytes}
 
 
 def _source(opened: OpenCheckpoint, reader: FileReader, plans: list[PackedLayer], transposed: list[bool], group: int) -> Source:
@@ -299,8 +294,8 @@ def _linear(ref: TensorRef, reader: FileReader, bits: int, group: int) -> DenseT
 class _Meter:
     """Bytes read and written so far, told with the time that is left."""
 
-    def __init__(self, progress: Progress | None, total: int) -> None:
-        self._progress = progress
+    def __init__(self, progress: Progress | None, total: int, done: str) -> None:
+        self._progress, self._word = progress, done
         self._total = max(1, total)
         self._done = 0
         self._started = time.perf_counter()
@@ -311,5 +306,5 @@ class _Meter:
             return
         seconds = max(1e-9, time.perf_counter() - self._started)
         left = (self._total - self._done) * seconds / max(1, self._done)
-        text = f"{format_size(self._done)} of {format_size(self._total)} read and written, {max(0.0, left):.0f} s left"
+        text = f"{format_size(self._done)} of {format_size(self._total)} {self._word}, {max(0.0, left):.0f} s left"
         self._progress(text, min(1.0, self._done / self._total))

@@ -16,7 +16,7 @@ from swapless.runtime.open import OpenCheckpoint
 from swapless.runtime.pool import SlotPool, slot_bytes
 from swapless.runtime.store import Store
 from swapless.store.checkpoint import CheckpointStore, Extent
-from swapless.store.packed import PackedStore
+from swapless.store.packed import Check, PackedStore
 from swapless.store.read import FileReader
 
 DEFAULT_CONTEXT_TOKENS = 4096
@@ -127,8 +127,8 @@ def _all_experts(layers: Sequence[MoeLayer]) -> list[tuple[int, int]]:
     return [(moe_layer, expert) for moe_layer, layer in enumerate(layers) for expert in range(layer.num_experts)]
 
 
-def open_store(opened: OpenCheckpoint, check: bool) -> Store:
-    """The experts of ``opened``, ready to be read; ``check`` holds blocks of a packed store against their checksums."""
+def open_store(opened: OpenCheckpoint, check: Check) -> Store:
+    """The experts of ``opened``, ready to be read; ``check`` says when blocks of a packed store are held against checksums."""
     if opened.manifest is not None:
         return PackedStore(opened.folder, opened.manifest.moe_layers, check=check)
     layers = opened.layout.moe_layers

@@ -106,8 +106,8 @@ class PredictedLookahead:
     def foresee(self, moe_layer: int, hidden_TD: torch.Tensor | None) -> Sequence[Foreseen]:
         """Experts of the next layers, likeliest first; those likelier needed than not are worth a read."""
         call = self._call
-        if call is None:
-            return []
+        if call is None or any(len(rows) > 1 for _, rows in call.sequences):
+            return []  # drafts: several tokens of a sequence at once are only followed
         unneeded: np.ndarray | float = 1.0
         for followed, (_, rows) in zip(self._followed, call.sequences):
             stream = followed.stream

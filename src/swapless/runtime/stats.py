@@ -15,6 +15,10 @@ class Stats:
     the time the reader threads were busy (their sum), ``stall_s`` the time the computation waited for them, ``compute_s``
     the rest of the steps' time. Fields that begin with ``decode_`` leave prefill out.
 
+    ``prefill_tokens`` and ``decode_tokens`` are those that became text: neither padding nor tokens computed again for want of
+    a cache. Nor are ``taken_back_tokens`` among them: drafts that were not accepted (or not yet), beams that were given up,
+    and what was run after a sequence of a batch had ended.
+
     Of the experts read ahead, ``prefetch_useful`` were there when asked for, ``prefetch_late`` still under way, and
     ``prefetch_wasted`` not asked for. They are no hits: ``hits`` is what the cache held. ``prefetch_tokens`` are the decode
     steps with it on, and ``prefetch_recall`` gives, by MoE layers of lead, the share of their requests that were foreseen.
@@ -40,6 +44,7 @@ class Stats:
     first_token_s: float | None = None
     prefill_tokens: int = 0
     decode_tokens: int = 0
+    taken_back_tokens: int = 0
     steps: int = 0
     waves: int = 0
     prefetch_reads: int = 0

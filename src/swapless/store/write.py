@@ -8,23 +8,17 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from swapless.errors import WriteError, message
+from swapless.atomic import FULL, WholeFile, saying_where
+from swapless.errors import WriteError
 from swapless.store.read import BLOCK_BYTES, aligned_buffer
-from swapless.units import format_size
 
 _BUFFER_BYTES = 4 << 20
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-
-def part_of(path: Path) -> Path:
-    """The name under which ``path`` is written until it is whole."""
-    return path.with_name(f".{path.name}.part")
 
 
 class FileWriter:
@@ -45,22 +39,23 @@ class FileWriter:
 
     def __init__(self, path: Path, nbytes: int) -> None:
         self.path = path
-        self._part = part_of(path)
+        self._whole = WholeFile(path)
         self._nbytes = nbytes
         self._buffer = aligned_buffer(_BUFFER_BYTES)
         self._held = 0
         self._written = 0
         self._fd = -1
+        self._over = False
         direct = getattr(os, "O_DIRECT", 0)
         flags = os.O_CREAT | os.O_TRUNC | os.O_WRONLY | getattr(os, "O_CLOEXEC", 0)
 
         def begin() -> None:
             try:
-                self._fd = os.open(self._part, flags | direct, 0o644)
+                self._fd = os.open(self._whole.part, flags | direct, 0o666)
             except OSError as error:
                 if error.errno != errno.EINVAL:
                     raise
-                self._fd = os.open(self._part, flags, 0o644)  # no direct I/O on this file system
+                self._fd = os.open(self._whole.part, flags, 0o666)  # no direct I/O on this file system
             if nbytes and hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(self._fd, 0, nbytes)
 
@@ -100,24 +95,22 @@ class FileWriter:
 
         def end() -> None:
             os.ftruncate(self._fd, whole)
-            os.fsync(self._fd)
             os.close(self._fd)
             self._fd = -1
-            os.replace(self._part, self.path)
-            folder = os.open(self.path.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
+            self._whole.commit()
+            self._over = True
 
         self._trying(end)
 
     def abandon(self) -> None:
         """Close and remove what is not whole; nothing after :meth:`commit`."""
+        if self._over:
+            return
+        self._over = True
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
-            self._part.unlink(missing_ok=True)
+        self._whole.discard()
 
     def __enter__(self) -> FileWriter:
         return self
@@ -149,26 +142,25 @@ class FileWriter:
 
     def _reopen_buffered(self) -> None:
         os.close(self._fd)
-        self._fd = os.open(self._part, os.O_WRONLY | getattr(os, "O_CLOEXEC", 0))
+        self._fd = os.open(self._whole.part, os.O_WRONLY | getattr(os, "O_CLOEXEC", 0))
 
     def _trying(self, step: Callable[[], Any]) -> None:
         try:
-            step()
-        except OSError as error:
+            with saying_where(self.path, nbytes=self._nbytes):
+                step()
+        except WriteError:
             with contextlib.suppress(OSError):
                 self.abandon()
-            raise write_error(error, self.path, self._nbytes) from error
+            raise
 
 
-def write_error(error: OSError, path: Path, nbytes: int) -> WriteError:
-    """The error for ``error``, met while ``path`` of ``nbytes`` was written."""
-    full = error.errno in _FULL
-    return WriteError(
-        message(
-            "There is no room for the packed store." if full else "The packed store cannot be written.",
-            where=path,
-            got=error.strerror or str(error),
-            allowed=f"{format_size(nbytes)} for this file" if full else None,
-            step="Make room or give another --out; what is done is kept, and the same command goes on from there.",
-        )
-    )
+@contextlib.contextmanager
+def saying_that_it_goes_on() -> Iterator[None]:
+    """Let an error that ends the writing of a packed store say that nothing is lost."""
+    try:
+        yield
+    except WriteError as error:
+        full = isinstance(error.__cause__, OSError) and error.__cause__.errno in FULL
+        what = "There is no room for the packed store." if full else "The packed store cannot be written."
+        kept = "What is done is kept, and the same command goes on from there."
+        raise WriteError(f"{what} {error} {kept}") from error.__cause__

@@ -24,7 +24,7 @@ from swapless.runtime.door.model import (
     strip_experts,
 )
 from swapless.runtime.door.origin import DTYPES
-from swapless.runtime.door.packed import packed_layout
+from swapless.runtime.door.packed import check_packed_model, expert_pieces, packed_layout
 from swapless.runtime.door.reference import Reference
 
 __all__ = [
@@ -35,10 +35,12 @@ __all__ = [
     "Layout",
     "MoeLayer",
     "Reference",
+    "check_packed_model",
     "check_quantization",
     "checkpoint_layout",
     "common_gate",
     "dequantize_on_load",
+    "expert_pieces",
     "experts_of",
     "group_heads",
     "is_experts",

@@ -113,6 +113,31 @@ def checkpoint_layout(meta: PreTrainedModel, refs: Mapping[str, TensorRef], dtyp
     )
 
 
+def block_of(path: str) -> int:
+    """Index of the block that an experts module at ``path`` belongs to."""
+    block = re.search(r"\.(\d+)\.", f"{path}.")
+    return int(block[1]) if block else 0
+
+
+def linear_paths(meta: PreTrainedModel, refs: Mapping[str, TensorRef]) -> dict[str, str]:
+    """Those of ``refs`` that are the weight of a linear layer of its own just as they are, with the layer's path."""
+    names = meta.state_dict()
+    transforms = get_model_conversion_mapping(meta, hf_quantizer=dequantizer(meta.config))
+    renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
+    converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
+    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+    experts: list[Any] = [module for module in meta.modules() if is_experts(module)]
+    routed = {int(module.num_experts) for module in experts}
+    found = {}
+    for key, ref in refs.items():
+        target, pattern = rename_source_key(key, renamings, converters, meta.base_model_prefix, names)
+        path = target.removesuffix(".weight")
+        whole = target in names and path != target and _kept_as_it_is(by_pattern.get(pattern or ""))
+        if whole and _is_linear(meta, path, ref, routed):
+            found[key] = path
+    return found
+
+
 def _kept_as_it_is(converter: WeightConverter | None) -> bool:
     # What only dequantises leaves alone what has no scales beside it, and that is what the types of linear weights tell.
     return converter is None or all(isinstance(op, DEQUANTIZE) for op in converter.operations)
@@ -139,10 +164,9 @@ def _moe_layer(path: str, module: Any, origins: Mapping[str, CheckpointOrigin], 
         mine[name] = origin
         parameters.append(parameter)
         offset = aligned(offset + parameter.nbytes)
-    block = re.search(r"\.(\d+)\.", f"{path}.")
     return MoeLayer(
         path=path,
-        block=int(block[1]) if block else 0,
+        block=block_of(path),
         num_experts=int(module.num_experts),
         parameters=tuple(parameters),
         origins=mine,
