@@ -22,6 +22,7 @@
     |-- LockedError (BlockingIOError)        another process is at work on the same folder: names it
     |-- ClosedError (RuntimeError)           used after close()
     |-- VerifyError (AssertionError)         ours and the reference differ
+    |-- IntegrityError (AssertionError)      parts of a running model disagree: a bug of ours, or memory that was written to
     |-- TraceError (ValueError)
     |   |-- TraceMissingError (FileNotFoundError)   there is no such trace
     |   |-- TraceFormatError                 not a trace, wrong version, wrong column type, missing header
@@ -158,6 +159,10 @@ class ClosedError(SwaplessError, RuntimeError):
 
 class VerifyError(SwaplessError, AssertionError):
     """Our output and the reference differ."""
+
+
+class IntegrityError(SwaplessError, AssertionError):
+    """Slots, cache and reads of a model do not agree with each other."""
 
 
 class TraceError(SwaplessError, ValueError):

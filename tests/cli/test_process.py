@@ -61,3 +61,18 @@ def test_a_traceback_only_on_request():
     assert plain.returncode == 1 and plain.stderr.startswith("Error: ") and plain.stderr.count("\n") == 1
     debug = subprocess.run(arguments, capture_output=True, text=True, timeout=120, env=os.environ | {"SWAPLESS_DEBUG": "1"})
     assert debug.returncode == 1 and "Traceback" in debug.stderr and "CheckpointMissingError" in debug.stderr
+
+
+@pytest.mark.parametrize(("given", "policy"), [({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")])
+def test_threads_of_fits_and_scores_sleep_while_they_wait(given, policy, tmp_path):
+    look = "import atexit, os, sys; atexit.register(lambda: print(os.environ.get('OMP_WAIT_POLICY'), 'torch' in sys.modules))"
+    command = [sys.executable, "-c", f"{look}; from swapless.cli.main import main; main()"]
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"} | given
+    done = subprocess.run(
+        [*command, "predict", "eval", "frequency", str(tmp_path / "none.parquet")],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=environment,
+    )
+    assert done.returncode in (1, 2) and done.stdout.split() == [policy, "False"]

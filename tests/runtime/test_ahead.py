@@ -170,8 +170,8 @@ def test_after_an_error_it_goes_on(own_olmoe: Path, load: Any, generate: Any, pr
     expected = generate(plain, prompt, TOKENS)
     model = load(own_olmoe, prefetch="gate")
     always_on(model)
-    store = model.swapless._fetcher._loader
-    read_part, left = store._read_part, [60]
+    work = model.swapless._fetcher._loader._work
+    read_part, left = work._read_part, [60]
 
     def fail_once(*args: Any) -> int:
         left[0] -= 1
@@ -179,7 +179,7 @@ def test_after_an_error_it_goes_on(own_olmoe: Path, load: Any, generate: Any, pr
             raise OSError("the disk is gone for a moment")
         return int(read_part(*args))
 
-    store._read_part = fail_once
+    work._read_part = fail_once
     try:
         generate(model, prompt, TOKENS)
     except ReadError:

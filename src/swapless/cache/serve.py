@@ -245,6 +245,11 @@ class ExpertCache:
         )
         return Served(experts, tokens[:n], self._hit[:n], slot[:n], wave[:n], waves)
 
+    @property
+    def policy_state(self) -> Any:
+        """The policy's state: a NamedTuple of arrays, which only compiled rules change."""
+        return self._state
+
     def resident(self, moe_layer: int, expert: int) -> bool:
         """Whether an expert is in a slot now."""
         return bool(self.residency.slot_of_key[moe_layer * self.num_experts + expert] >= 0)

@@ -70,6 +70,17 @@ class ReadAhead:
         self._passed: set[Key] = set()
         self.reads = self.useful = self.late = self.wasted = 0
 
+    @property
+    def blocks(self) -> list[int]:
+        """All blocks that are here and no slot's: free, read into, or with an expert that was foreseen."""
+        reading = [ticket.slot for ticket in (*self._under_way.values(), *self._awaited.values())]
+        return [*self._free, *reading, *self._here.values()]
+
+    @property
+    def under_way(self) -> int:
+        """Reads that have not come back."""
+        return len(self._under_way) + len(self._awaited)
+
     def fetch(self, moe_layer: int, experts: Iterable[int]) -> None:
         """Begin to read what is not here yet, as far as there is room."""
         for expert in experts:

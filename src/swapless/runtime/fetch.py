@@ -45,7 +45,7 @@ class Fetcher:
         lookahead: Lookahead | None,
         resident: Callable[[int, int], bool],
     ) -> None:
-        self._store, self._pool = store, pool
+        self._store, self._pool, self._budget = store, pool, budget
         self._loader = Loader(store.read_part, store.parts, pool.bytes_of, store.bounce_buffer, depth)
         self._block_of_slot = list(range(budget.slots))
         self._staging = range(budget.slots, budget.slots + budget.staging_slots)
@@ -147,6 +147,35 @@ class Fetcher:
         if self.prefetcher is not None:
             taken = {*self._block_of_slot, *self._staging}
             self.prefetcher.reads.reset(block for block in range(self._pool.slots) if block not in taken)
+
+    def reader_ids(self) -> list[int]:
+        """What the system calls the reader threads."""
+        return self._loader.thread_ids
+
+    def problems(self) -> list[str]:
+        """What is wrong between two blocks, a sentence each."""
+        ahead = [] if self.prefetcher is None else self.prefetcher.reads.blocks
+        blocks = [*self._block_of_slot, *self._staging, *ahead]
+        found = []
+        if sorted(blocks) != list(range(self._pool.slots)):
+            found.append(f"Memory is lost or used twice: slots, staging and reads ahead have blocks {blocks}.")
+        if sorted(self.free_staging) != list(self._staging):
+            found.append(f"Staging is in use: of blocks {list(self._staging)} only {self.free_staging} are free.")
+        under_way = 0 if self.prefetcher is None else self.prefetcher.reads.under_way
+        if self._loader.outstanding != under_way:
+            found.append(f"Reads outstanding: {self._loader.outstanding}, of which {under_way} are reads ahead.")
+        if not self._loader.complete:
+            found.append("A reader thread has ended.")
+        return found
+
+    def begin_child(self) -> None:
+        """The process was forked: what was under way is lost. :meth:`come_to_rest` makes this usable again."""
+        self._loader.begin_child()
+
+    def start_afresh(self) -> None:
+        """Forget everything: no read under way, and no block holds an expert."""
+        self._block_of_slot = list(range(self._budget.slots))
+        self.come_to_rest()
 
     def close(self) -> None:
         """End the reader threads and close the files. May be called twice."""

@@ -15,6 +15,7 @@ import torch
 
 from swapless.runtime.held import Held
 from swapless.runtime.texts import NO_ROW, Texts
+from swapless.runtime.turns import Turn
 
 
 class Prepared(NamedTuple):
@@ -162,10 +163,12 @@ class Generations:
     ----------
     texts : Texts
         What they write.
+    turn : Turn
+        Of the model: other threads write too.
     """
 
-    def __init__(self, texts: Texts) -> None:
-        self._texts = texts
+    def __init__(self, texts: Texts, turn: Turn) -> None:
+        self._texts, self._turn = texts, turn
         self._of_thread = threading.local()
 
     @property
@@ -197,7 +200,8 @@ class Generations:
             given = signature.bind_partial(model, *args, **kwargs).arguments
             with self._one(model, given | given.get("kwargs", {})) as generation:
                 output = plain(model, *args, **kwargs)
-                generation.finish(output)
+                with self._turn.lock:
+                    generation.finish(output)
             _tell_assistant(given.get("assistant_model"), output)
             return output
 
@@ -227,7 +231,8 @@ class Generations:
             yield generation
         finally:
             self._stack.remove(generation)
-            generation.close()
+            with self._turn.lock:
+                generation.close()
 
 
 def _tell_assistant(assistant: Any, output: Any) -> None:

@@ -256,7 +256,9 @@ def gated_product(
     experts = experts_of(call)
     experts[:, GATE // 8], experts[:, UP // 8], experts[:, DOWN // 8] = gates, ups, downs
     row_bytes = rounded_bytes(out)
-    inner = torch.zeros(sum(given.counts), row_bytes, dtype=torch.uint8)  # of a padded block, nothing else is written
+    inner = torch.zeros(
+        sum(given.counts), row_bytes, dtype=torch.uint8, device="cpu"
+    )  # of a padded block, nothing else is written
     experts[:, INNER // 8] = inner.data_ptr() + row_bytes * _first_rows(given.counts)
     return _run(call, given, into, out, INPUT)
 
@@ -264,8 +266,8 @@ def gated_product(
 def _run(call: np.ndarray, given: Inputs, first: MatrixLayout, last: MatrixLayout, field: int) -> torch.Tensor:
     """Do a call whose experts find their rounded inputs by ``field``, and return its outputs."""
     row_bytes, tokens, counts = rounded_bytes(first), len(given.rows), given.counts
-    rounded = torch.empty(tokens, row_bytes, dtype=torch.uint8)
-    output = torch.empty(sum(counts), last.padded_rows)
+    rounded = torch.empty(tokens, row_bytes, dtype=torch.uint8, device="cpu")
+    output = torch.empty(sum(counts), last.padded_rows, dtype=torch.float32, device="cpu")
     starts = _first_rows(counts)
     experts = experts_of(call)
     experts[:, TOKENS // 8] = counts

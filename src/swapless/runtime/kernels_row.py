@@ -61,7 +61,7 @@ class _Call:
 
     def outputs(self, rows: torch.Tensor) -> torch.Tensor:
         """Compute, from the token's ``rows``: float32 (experts, rows of ``out``)."""
-        output = torch.empty(self._experts, self._out.padded_rows)
+        output = torch.empty(self._experts, self._out.padded_rows, dtype=torch.float32, device="cpu")
         self._lines[:, OUTPUT // 8] = self._starts + output.data_ptr()
         self._now[FLOATS // 8] = rows.data_ptr()
         perform(self._address)
@@ -120,7 +120,9 @@ class GatedRowProduct:
 
     def _prepare(self, experts: int) -> tuple[_Call, torch.Tensor]:
         call = _Call(self._out, self._into, self._activation, experts, self._rounded, INPUT)
-        inner = torch.zeros(experts, rounded_bytes(self._out), dtype=torch.uint8)  # of a padded block, nothing else is written
+        inner = torch.zeros(
+            experts, rounded_bytes(self._out), dtype=torch.uint8, device="cpu"
+        )  # of a padded block, nothing else is written
         experts_of(call.first)[:, INNER // 8] = inner.data_ptr() + inner.stride(0) * np.arange(experts)
         self._calls[experts] = call, inner
         return call, inner

@@ -9,6 +9,8 @@ import torch
 
 from swapless.runtime.kernels import as_inputs, product
 from swapless.runtime.kernels_row import RowProduct
+from swapless.runtime.plain import check_plain, output_type
+from swapless.runtime.turns import Turn
 from swapless.store.matrix import MatrixLayout
 from swapless.store.quantize import dequantize
 
@@ -18,9 +20,12 @@ _VALUES_BYTES = 16 << 20
 SCRATCH_BYTES = 2 * _VALUES_BYTES
 """What a layer holds beside its weights while it computes, about."""
 
+_ALONE = Turn()
+"""The turn of layers that belong to no loaded model."""
+
 
 class QuantizedLinear(torch.nn.Module):
-    """``x @ weight.T + bias`` with rounded weights and inputs and float32 sums; the output has the type of the input.
+    """``x @ weight.T + bias`` with rounded weights and inputs and float32 sums, in the type of the input or of autocast.
 
     Parameters
     ----------
@@ -39,6 +44,11 @@ class QuantizedLinear(torch.nn.Module):
         self.register_parameter("bias", bias)
         self._memory = torch.empty(0, dtype=torch.uint8)
         self._one_token = RowProduct(layout)
+        self._turn = _ALONE
+
+    def take_turns(self, turn: Turn) -> None:
+        """Compute only while the calling thread has ``turn``, since there is one scratch memory for all."""
+        self._turn = turn
 
     def fill(self, memory: torch.Tensor) -> None:
         """Take the weights' bytes, uint8 of ``layout.nbytes``; they are copied where they do not begin at a multiple of 64."""
@@ -62,15 +72,22 @@ class QuantizedLinear(torch.nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Inputs (..., columns) to outputs (..., rows)."""
+        check_plain("rounded layers", x)
         flat = x.reshape(-1, self.in_features)
-        y = self._one_token(self._memory.data_ptr(), flat).to(x.dtype) if len(flat) == 1 else self._many_tokens(flat)
+        with self._turn.lock:
+            y = (
+                self._one_token(self._memory.data_ptr(), flat).to(output_type(x.dtype))
+                if len(flat) == 1
+                else self._many_tokens(flat)
+            )
         y = y.view(*x.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias
 
     def _many_tokens(self, flat: torch.Tensor) -> torch.Tensor:
         address = [self._memory.data_ptr()]
         at_once = max(1, _VALUES_BYTES // (4 * (self.layout.padded_rows + self.layout.padded_columns)))
-        parts = [product(self.layout, address, as_inputs([part], self.layout)).to(flat.dtype) for part in flat.split(at_once)]
+        dtype = output_type(flat.dtype)
+        parts = [product(self.layout, address, as_inputs([part], self.layout)).to(dtype) for part in flat.split(at_once)]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -34,6 +35,7 @@ from swapless.runtime.shape import trace_header
 from swapless.runtime.source import checkpoint_folder
 from swapless.runtime.steps import StepHooks
 from swapless.runtime.store import Store
+from swapless.runtime.turns import Turn
 from swapless.store.packed import Check, Manifest, check_dense_file
 from swapless.store.probe import HELD_BYTES, Probe, probe
 from swapless.store.read import FileReader
@@ -42,6 +44,9 @@ from swapless.units import parse_share, parse_size
 
 _AUTO_SHARE = 0.8
 """Of what is available, the part that ``memory="auto"`` takes."""
+
+_LOADING = Turn()
+"""transformers changes switches of the whole process while it builds a model, and memory is measured by differences."""
 
 Progress = Callable[[str, float], None]
 
@@ -118,10 +123,48 @@ def load(
     UsageError
         Unknown policy, malformed size, both ``memory`` and ``resident``, unknown ``prefetch``.
     """
+    with _LOADING.lock, ExitStack() as opening:
+        model = _load(
+            checkpoint,
+            memory,
+            resident=resident,
+            policy=policy,
+            prefetch=prefetch,
+            context=context,
+            revision=revision,
+            token=token,
+            dtype=dtype,
+            attn_implementation=attn_implementation,
+            local_files_only=local_files_only,
+            check=check,
+            progress=progress,
+            opening=opening,
+        )
+        opening.pop_all()  # from here on it is the model's to close
+        return model
+
+
+def _load(
+    checkpoint: str | Path,
+    memory: str | int | None,
+    *,
+    resident: str | float | None,
+    policy: str | Policy,
+    prefetch: str | Path | None,
+    context: int | None,
+    revision: str | None,
+    token: str | None,
+    dtype: str | torch.dtype,
+    attn_implementation: str | None,
+    local_files_only: bool,
+    check: str | bool | None,
+    progress: Progress | None,
+    opening: ExitStack,
+) -> PreTrainedModel:
     chosen: Policy = POLICIES.get(policy)() if isinstance(policy, str) else policy
     total_bytes, share = _target(memory, resident)
     report = progress or (lambda stage, done: None)
-    meter = MemoryMeter()
+    meter = opening.enter_context(closing(MemoryMeter()))
     meter.begin()
     dropped_bytes = drop_unused_cache()
     base_bytes = meter.now_bytes()
@@ -154,7 +197,7 @@ def load(
         before_bytes = meter.now_bytes()
         lookahead = ahead.open(model)
         fixed["prediction"] = max(0, meter.now_bytes() - before_bytes)
-    store = open_store(opened, when)
+    store = opening.enter_context(closing(open_store(opened, when)))
     held_bytes = min(HELD_BYTES, hoped.slots * hoped.slot_bytes // 2)  # no more than slots take later
     measured = probe(store.reader, sample_extents(store, layers), copied=store.bounce_bytes > 0, held_bytes=held_bytes)
     dropped_bytes += drop_unused_cache()
@@ -171,9 +214,14 @@ def load(
     report("opening slots", 0.9)
     pool = SlotPool(layers, budget.slots + budget.staging_slots + budget.ahead_slots)
     engine = _engine(opened, chosen, store, pool, compute.of(pool), budget, measured, meter, model_id, dry.top_k, lookahead)
+    opening.enter_context(closing(engine))
     for moe_layer, (_, module) in enumerate(experts_of(model)):
         module.swapless_engine = engine  # type: ignore[assignment]
         module.swapless_moe_layer = moe_layer  # type: ignore[assignment]
+    for module in model.modules():
+        if hasattr(module, "take_turns"):  # layers with scratch memory of their own
+            module.take_turns(engine.turn)  # type: ignore[operator]
+    model.requires_grad_(False)  # nothing here can be trained, and a graph would hold what the budget does not count
     StepHooks(engine, context_tokens, rounded=opened.rounded).attach(model)
     model.swapless = engine  # type: ignore[assignment]
     report("ready", 1.0)
@@ -196,11 +244,11 @@ def _load_non_experts(opened: OpenCheckpoint, attn_implementation: str | None, c
             check_dense_file(opened.folder, opened.manifest)
     bars = transformers_logging.is_progress_bar_enabled()
     verbosity = transformers_logging.get_verbosity()
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
     reader = FileReader(opened.files)
     tensors = TensorReader(reader, checksums)
     try:
+        transformers_logging.disable_progress_bar()
+        transformers_logging.set_verbosity_error()
         if opened.manifest is not None and opened.manifest.dense:
             model, wrong = _load_quantized_linears(opened, opened.manifest, tensors, attn_implementation)
         else:

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from swapless.errors import UnsupportedOperationError, message
 from swapless.runtime.door import is_experts, strip_experts
 from swapless.runtime.engine import Engine
+from swapless.runtime.plain import check_untraced
 
 
 def offloaded_class(
@@ -44,6 +45,17 @@ class _Offloaded:
 
     swapless: Engine
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As its class, unless torch looks on."""
+        check_untraced()
+        return super().__call__(*args, **kwargs)  # type: ignore[misc]
+
+    def __copy__(self) -> Any:
+        """Another object for the same model, engine included."""
+        twin = self.__class__.__new__(self.__class__)
+        twin.__dict__.update(self.__dict__)
+        return twin
+
     def __enter__(self) -> Any:
         return self
 
@@ -70,7 +82,7 @@ def _impossible(name: str, got: str, step: str) -> UnsupportedOperationError:
 
 def _refusal(name: str, step: str) -> Any:
     def refuse(self: Any, *args: Any, **kwargs: Any) -> Any:
-        raise _impossible(name, f"{name}()", step)
+        raise _impossible(name, name if " " in name or "." in name else f"{name}()", step)
 
     refuse.__name__ = name
     refuse.__doc__ = f"Raises UnsupportedOperationError. {step}"
@@ -91,3 +103,9 @@ for _name, _step in {
     "set_experts_implementation": "Experts of an offloaded model run through swapless alone.",
 }.items():
     setattr(_Offloaded, _name, _refusal(_name, _step))
+for _method, _name, _step in (
+    ("__prepare_scriptable__", "torch.jit.script", "Leave it out: experts are read while the model runs."),
+    ("__deepcopy__", "deep copy", "Load the checkpoint once more."),
+    ("__reduce_ex__", "pickled form", "Load the checkpoint in the process that needs it."),
+):
+    setattr(_Offloaded, _method, _refusal(_name, _step))

@@ -52,6 +52,10 @@ class SlotPool:
             self._views[slot] = moe_layer, views
         return views
 
+    def extents(self, moe_layer: int) -> list[tuple[str, int, int]]:
+        """What a slot holds of an expert of ``moe_layer``: name, first byte and bytes of each parameter."""
+        return [(p.name, p.slot_offset, p.nbytes) for p in self._layers[moe_layer].parameters]
+
     def close(self) -> None:
         """Give the memory back."""
         self._views = {}

@@ -15,6 +15,7 @@ from swapless.runtime.door import common_gate
 from swapless.runtime.door.packed import BLOCK
 from swapless.runtime.kernels import as_inputs, gated_product, product
 from swapless.runtime.kernels_row import GatedRowProduct
+from swapless.runtime.plain import output_type
 from swapless.runtime.pool import SlotPool
 from swapless.store.matrix import MatrixLayout
 from swapless.store.packed import Manifest, Piece
@@ -98,7 +99,7 @@ class QuantizedExperts:
         if kind not in self._prepared:
             self._prepared[kind] = GatedRowProduct(*kind)
         first = self._pool.addresses(blocks)
-        y = self._prepared[kind](first + gate.offset, first + up.offset, first + out.offset, token).to(token.dtype)
+        y = self._prepared[kind](first + gate.offset, first + up.offset, first + out.offset, token).to(output_type(token.dtype))
         norm = module.post_expert_norm if getattr(module, "has_post_expert_norm", False) else None
         return [part if norm is None else norm(part) for part in y.split(1)]
 
@@ -140,8 +141,9 @@ def _together(module: Any, layer: _Layer, blocks: Sequence[torch.Tensor], hidden
         h = torch.cat([product(matrix.layout, addresses(matrix), given) for matrix in layer.into], dim=1)
         inner = [_gated(module, layer, block, part) for block, part in zip(blocks, given.split(h), strict=True)]
         y = product(out.layout, addresses(out), as_inputs(inner, out.layout))
-    y = y.to(hidden[0].dtype) if not module.has_bias else y
-    return [_finished(module, layer, block, part, hidden[0].dtype) for block, part in zip(blocks, given.split(y), strict=True)]
+    dtype = output_type(hidden[0].dtype)
+    y = y.to(dtype) if not module.has_bias else y
+    return [_finished(module, layer, block, part, dtype) for block, part in zip(blocks, given.split(y), strict=True)]
 
 
 def _gated(module: Any, layer: _Layer, block: torch.Tensor, h: torch.Tensor) -> torch.Tensor:

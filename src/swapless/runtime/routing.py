@@ -154,6 +154,19 @@ class RoutingLog:
             self._dropped += self._store.first - self.texts.base
             self.texts.forget_before(self._store.first)
 
+    def suspend(self) -> Step | None:
+        """Set a forward call aside while another, which is not recorded, runs in the middle of it."""
+        step, self._step = self._step, None
+        return step
+
+    def resume(self, step: Step | None) -> None:
+        """Go on with the call that :meth:`suspend` returned."""
+        self._step = step
+
+    def begin_child(self) -> None:
+        """The process was forked: the rows of this one, the child, lie in a file of its own from now on."""
+        self._store.begin_child()
+
     def abandon(self) -> None:
         """The forward call failed: its rows are no routing."""
         self._step = None

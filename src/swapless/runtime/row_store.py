@@ -58,6 +58,17 @@ class RowStore:
         self._chunks.clear()
         self.first = self.stop
 
+    def begin_child(self) -> None:
+        """The process was forked, and this is the child: it gets a copy of the file, which the parent goes on to write."""
+        if self._file is None:
+            return
+        shared, own = self._file, _nameless_file()
+        size = self._chunk_rows * self.record.itemsize
+        for place in range(self._next_place):
+            os.pwrite(own, os.pread(shared, size, place * size), place * size)
+        self._file = own
+        weakref.finalize(self, os.close, own)
+
     def append(self, records: np.ndarray) -> None:
         """Add records (n,)."""
         while len(records):

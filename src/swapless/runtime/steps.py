@@ -59,7 +59,7 @@ class StepHooks:
         self._context_tokens = context_tokens
         self.rounded = rounded
         self._texts: Texts = engine.texts
-        self._generations = Generations(self._texts)
+        self._generations = Generations(self._texts, engine.turn)
         self._outside = Generation(self._texts)
         self._paged = PagedHeld(self._texts)
 
@@ -70,8 +70,7 @@ class StepHooks:
         self._generations.attach(model)
 
     def _forward_of(self, cls: type[torch.nn.Module]) -> Callable[..., Any]:
-        @functools.wraps(cls.forward)
-        def forward(model: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        def run(model: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
             call = self._begin(model, args, kwargs)
             if call is None:
                 return cls.forward(model, *args, **kwargs)
@@ -84,6 +83,10 @@ class StepHooks:
             self._engine.end_step()
             call.done(output)
             return output
+
+        @functools.wraps(cls.forward)
+        def forward(model: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+            return self._engine.whole_call(run, (model, *args), kwargs)
 
         return forward
 
@@ -116,6 +119,7 @@ class StepHooks:
     def _plain_call(self, given: dict[str, Any]) -> Call:
         """Sequences side by side, each a row of the batch, with a cache of transformers or without one."""
         texts, generation = self._texts, self._generations.now or self._outside
+        no_text = generation.inner or self._engine.calls.nested
         prepared, generation.prepared = generation.prepared, None
         tokens, ids = new_tokens(given), ids_of(given)
         assert tokens is not None
@@ -151,13 +155,13 @@ class StepHooks:
         elif phase is Phase.DECODE and length > 1:
             drafts = length - 1
         start = held.num_tokens() if cache is not None else np.zeros(batch, np.int64)
-        if length == 1 and places is None and not again and not generation.inner:
+        if length == 1 and places is None and not again and not no_text:
             everything, last = np.ones(batch, bool), held.last()
             rows = (texts.next_row + np.arange(batch))[:, None]
             step = Step(phase, held.stream, start.astype(np.int32), everything, None if ids is None else ids[:, 0], None, last)
         else:
             valid = np.ones((batch, length), bool) if places is None else places[:, past:]
-            kept = valid & (np.arange(length) >= again) & (not generation.inner)
+            kept = valid & (np.arange(length) >= again) & (not no_text)
             of_row = np.repeat(np.arange(batch), length)
             step, rows = _step(texts, phase, of_row, valid.reshape(-1), kept.reshape(-1), ids, start, held.last(), held.stream)
             step = step._replace(continues=past > 0 and phase is Phase.PREFILL)
@@ -168,6 +172,8 @@ class StepHooks:
             given_back = cache if cache is not None else _cache_in(output)
             if given_back is not None:
                 hold(given_back, held)
+            if self._engine.calls.nested:
+                return
             if cache is None and ids is not None:
                 generation.plain = ids, held
             if generation is not self._outside:
@@ -224,12 +230,13 @@ class StepHooks:
         _, of_row = np.unique(parts + np.arange(batch)[:, None] * (length + 1), return_inverse=True)
         of_row = of_row.reshape(-1)
         everything = np.ones(batch * length, bool)
+        kept = everything & (not self._engine.calls.nested)
         none = np.zeros(of_row[-1] + 1, np.int64)
         streams = self._texts.streams(len(none))
-        step, rows = _step(self._texts, Phase.PREFILL, of_row, everything, everything, ids, none, none + NO_ROW, streams)
+        step, rows = _step(self._texts, Phase.PREFILL, of_row, everything, kept, ids, none, none + NO_ROW, streams)
 
         def done(output: Any) -> None:
-            for last in rows[np.flatnonzero(np.diff(of_row, append=-1))].tolist():
+            for last in rows[np.flatnonzero((np.diff(of_row, append=-1) != 0) & kept)].tolist():
                 self._texts.end(last)
 
         return Call(step, False, done)

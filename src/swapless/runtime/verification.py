@@ -8,6 +8,7 @@ loop. Both get the same inputs, as prefill and as decode, at one thread, and mus
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -82,16 +83,23 @@ def verify(
             if at_once == 1:
                 raise
             at_once //= 2
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    reference = Reference(skeleton(opened.cls, opened.config, model.dtype), folder, opened.files, model.dtype)
-    top_k = opened.experts_a_token // len(layers)
-    try:
+    with model:
+        reference = Reference(skeleton(opened.cls, opened.config, model.dtype), folder, opened.files, model.dtype)
+        top_k = opened.experts_a_token // len(layers)
         for moe_layer, (_, module) in enumerate(experts_of(model)):
-            yield _compare(model, module, reference, layers[moe_layer], moe_layer, at_once, top_k, seed)
+            with _one_thread():  # and not over the yield: it is a switch of the whole process
+                result = _compare(model, module, reference, layers[moe_layer], moe_layer, at_once, top_k, seed)
+            yield result
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        yield
     finally:
         torch.set_num_threads(threads)
-        model.swapless.close()
 
 
 def _compare(

@@ -11,7 +11,9 @@ from __future__ import annotations
 import errno
 import mmap
 import os
+import weakref
 from collections.abc import Iterable
+from io import FileIO
 from pathlib import Path
 from typing import NamedTuple
 
@@ -50,10 +52,15 @@ def aligned_buffer(nbytes: int) -> np.ndarray:
 
 
 class _Open(NamedTuple):
-    fd: int
+    file: FileIO
     size: int
     changed_ns: int
     direct: bool
+
+    @property
+    def fd(self) -> int:
+        """The descriptor."""
+        return self.file.fileno()
 
 
 class FileReader:
@@ -74,6 +81,7 @@ class FileReader:
 
     def __init__(self, files: Iterable[Path], *, direct: bool = True) -> None:
         self._open: dict[Path, _Open] = {}
+        self._forgotten = weakref.finalize(self, _close_all, self._open)  # a reader that nobody closes closes itself
         try:
             for path in files:
                 self._open[path] = _open(path, direct and _O_DIRECT != 0)
@@ -149,32 +157,41 @@ class FileReader:
 
     def close(self) -> None:
         """Close every file. May be called twice."""
-        for opened in self._open.values():
-            os.close(opened.fd)
-        self._open = {}
+        _close_all(self._open)
+        self._forgotten.detach()
+
+
+def _close_all(files: dict[Path, _Open]) -> None:
+    while files:
+        files.popitem()[1].file.close()
+
+
+def _open_file(path: Path, flags: int) -> FileIO:
+    # In one expression of C functions: Ctrl-C in between would lose a bare descriptor, which nobody closes.
+    return next(map(FileIO, map(os.open, [path], [flags])))
 
 
 def _open(path: Path, direct: bool) -> _Open:
     flags = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
     if direct:
         try:
-            fd = os.open(path, flags | _O_DIRECT)
+            file = _open_file(path, flags | _O_DIRECT)
         except OSError as error:
             if error.errno != errno.EINVAL:
                 raise
             direct = False
     if not direct:
-        fd = os.open(path, flags)
-    stat = os.fstat(fd)
-    return _Open(fd, stat.st_size, stat.st_mtime_ns, direct)
+        file = _open_file(path, flags)
+    stat = os.fstat(file.fileno())
+    return _Open(file, stat.st_size, stat.st_mtime_ns, direct)
 
 
 def _reopen_buffered(path: Path, opened: _Open) -> _Open:
     # Some file systems accept the flag and refuse the read. The old descriptor may serve another thread right now: it is
     # pointed at the buffered file instead of being closed under it.
     fresh = _open(path, direct=False)
-    os.dup2(fresh.fd, opened.fd)
-    os.close(fresh.fd)
+    os.dup2(fresh.fd, opened.fd, inheritable=False)
+    fresh.file.close()
     return opened._replace(direct=False)
 
 
