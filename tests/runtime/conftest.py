@@ -65,6 +65,18 @@ def _save(family: str, folder: Path, **options: Any) -> Path:
     return folder
 
 
+def word_tokenizer() -> Any:
+    """A tokenizer for the tiny checkpoints, whose words are w4 to w127."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3} | {f"w{number}": number for number in range(4, SHAPE.vocabulary)}
+    inner = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    names = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    return PreTrainedTokenizerFast(tokenizer_object=inner, padding_side="left", **names)
+
+
 @pytest.fixture(scope="session")
 def olmoe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """OLMoE in bf16, a tensor an expert, in several shards."""

@@ -151,6 +151,15 @@ def test_a_text_run_anew_for_every_token(model: Any, plain: Any, repetitive: tor
     assert trace.step[12:].tolist() == [0, 1, 2, 3] and "is taken to go on with it: 3" in trace.header.notes
 
 
+def test_nothing_goes_on_from_before_a_reset(model: Any, plain: Any, repetitive: torch.Tensor) -> None:
+    with torch.no_grad():
+        model(repetitive[:, :8], use_cache=False)
+        model.swapless.reset_trace()
+        model(repetitive, use_cache=False)
+    check(model.swapless.trace(), plain, [repetitive[0].tolist()])
+    assert model.swapless.trace().header.notes is None
+
+
 def test_texts_that_only_look_alike(model: Any, plain: Any, repetitive: torch.Tensor) -> None:
     for _ in range(2):
         with torch.no_grad():

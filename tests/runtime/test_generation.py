@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.runtime.conftest import SHAPE
+from tests.runtime.conftest import SHAPE, word_tokenizer
 
 
 def test_two_models_at_once_do_not_touch_each_other(
@@ -105,14 +105,7 @@ def test_a_streamer_gets_every_token_as_it_comes(olmoe: Path, load: Any, generat
 
 @pytest.fixture
 def tokenizer() -> Any:
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3} | {f"w{number}": number for number in range(4, SHAPE.vocabulary)}
-    inner = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    names = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-    return PreTrainedTokenizerFast(tokenizer_object=inner, padding_side="left", **names)
+    return word_tokenizer()
 
 
 def test_the_pipeline_for_text_generation(olmoe: Path, load: Any, eager: Any, tokenizer: Any) -> None:

@@ -11,9 +11,10 @@ import torch
 
 from swapless.errors import ReadError, TraceValueError
 from swapless.notation import Phase
+from swapless.runtime.record import Document, record
 from swapless.runtime.routers import RouterTap
 from swapless.trace import read_trace, write_trace
-from tests.runtime.conftest import SHAPE
+from tests.runtime.conftest import SHAPE, word_tokenizer
 
 
 @pytest.fixture(params=["olmoe", "qwen3_moe"])
@@ -124,3 +125,29 @@ def test_a_failed_call_leaves_no_rows(own_olmoe: Path, load: Any, prompt: Any) -
     with pytest.raises(ReadError), torch.no_grad():
         model(input_ids=prompt.flip(1))
     assert len(model.swapless.trace()) == prompt.shape[1]
+
+
+@pytest.mark.parametrize("decode_tokens", [None, 0, 4])
+def test_documents_of_a_recording_are_whole(decode_tokens: int | None, olmoe: Path, load: Any, tmp_path: Path) -> None:
+    """Also one that begins with all of the one before it."""
+    words = ["w5 w6 w7", "w5 w6 w7 w8 w9", "w5 w6 w7 w8 w9", "w5"]
+    with load(olmoe) as model:
+        record(model, word_tokenizer(), [Document(text) for text in words], tmp_path / "t.parquet", decode_tokens=decode_tokens)
+    trace = read_trace(tmp_path / "t.parquet")
+    assert trace.num_documents == 4 and trace.header.notes is None
+    for document, text in enumerate(words):
+        rows = trace.rows(trace.document == document)
+        read = [int(word[1:]) for word in text.split()]
+        assert rows.token_id[: len(read)].tolist() == read and rows.position.tolist() == list(range(len(rows)))
+        assert len(rows) <= len(read) + (decode_tokens or 0)
+        decoded = len(read) - 1 if decode_tokens is None else len(rows) - len(read)
+        assert rows.phase.tolist() == [Phase.PREFILL] * (len(rows) - decoded) + [Phase.DECODE] * decoded
+
+
+def test_a_document_that_is_not_kept_whole_is_refused(olmoe: Path, load: Any, tmp_path: Path) -> None:
+    model = load(olmoe)
+    model.swapless._routing._bounds = 16, 1, 1
+    text = " ".join(f"w{number}" for number in range(4, 64))
+    with pytest.raises(TraceValueError, match=r"not kept whole.*document 0.*dropped"):
+        record(model, word_tokenizer(), [Document(text)], tmp_path / "t.parquet")
+    assert not (tmp_path / "t.parquet").exists()

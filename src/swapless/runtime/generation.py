@@ -38,15 +38,15 @@ class Generation:
         Of the next forward call.
     calls : int
         Forward calls so far.
-    plain : (ndarray, Held) or None
-        Token ids of the last call without a cache, and what it held.
+    plain : (ndarray, Held, int) or None
+        Token ids of the last call without a cache, what it held, and the number of the recording.
     """
 
     def __init__(self, texts: Texts, *, assistant: bool = False, inner: bool = False, ends: Ends | None = None) -> None:
         self.assistant, self.inner = assistant, inner
         self.prepared: Prepared | None = None
         self.calls = 0
-        self.plain: tuple[np.ndarray, Held] | None = None
+        self.plain: tuple[np.ndarray, Held, int] | None = None
         self._texts = texts
         self._ends = ends or Ends(frozenset(), None)
         self._run: dict[int, _Run] = {}

@@ -72,7 +72,8 @@ def record(
     Raises
     ------
     TraceValueError
-        An empty document, no document, or ``scores`` of a family whose router does not show them.
+        An empty document, no document, one whose routing is more than can be kept, or ``scores`` of a family whose router
+        does not show them.
     """
     engine = model.swapless
     context = engine.budget.context_tokens
@@ -177,6 +178,10 @@ class _Counter:
 
 def _trace(model: Any, tokenizer: Any, document: Document, number: int) -> Trace:
     trace = model.swapless.trace()
+    if trace.header.notes:  # so no row is missing from a file that says nothing of it
+        raise TraceValueError(
+            message("The routing of a document was not kept whole.", where=f"document {number}", got=trace.header.notes)
+        )
     tokens = tokenizer.convert_ids_to_tokens(trace.token_id.tolist())
     return replace(
         trace,

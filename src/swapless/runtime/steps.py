@@ -175,7 +175,7 @@ class StepHooks:
             if self._engine.calls.nested:
                 return
             if cache is None and ids is not None:
-                generation.plain = ids, held
+                generation.plain = ids, held, texts.recording
             if generation is not self._outside:
                 generation.ran(held, rows, prompt=prepared is not None and prepared.prompt)
 
@@ -199,8 +199,10 @@ class StepHooks:
         """What is known of texts that are run anew from their beginning, for want of a cache: those of the call before."""
         if generation.plain is None:
             return None
-        before, held = generation.plain
+        before, held, recording = generation.plain
         length = before.shape[1]
+        if recording != self._texts.recording:
+            return None
         if ids.shape[1] <= length or held.length != length:
             return None
         sources = []

@@ -40,6 +40,8 @@ class Texts:
         The first row that is known, and the number that the next one gets.
     notes : Counter of str
         What had to be assumed, and how often: sentences for a trace's ``notes``.
+    recording : int
+        How often it was begun anew.
     undecided : int
         Rows of drafts that nobody has accepted or refused.
     drafting : object or None
@@ -49,7 +51,7 @@ class Texts:
     def __init__(self) -> None:
         self.base = self.next_row = 0
         self.notes: Counter[str] = Counter()
-        self.undecided = 0
+        self.recording = self.undecided = 0
         self.drafting: Any = None
         self._parent = np.empty(256, np.int64)
         self._token = np.empty(256, np.int32)
@@ -64,6 +66,7 @@ class Texts:
         self.base = self.next_row
         self._ends.clear()
         self._finished.clear()
+        self.recording += 1
         self.notes.clear()
         self.undecided = 0
 
