@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
 from pathlib import Path
+
+from swapless.control_groups import group_folders
 
 
 def processors(root: Path = Path("/")) -> int:
@@ -33,38 +34,17 @@ def processor_quota(root: Path = Path("/")) -> float | None:
 
     Version 1 and 2, nested groups, and containers that do not see the path that their group has on the host.
     """
-    return min(_quotas(root), default=None)
+    quotas = (_quota(folder, second) for _, folder, second in group_folders("cpu", root))
+    return min((quota for quota in quotas if quota is not None), default=None)
 
 
-def _quotas(root: Path) -> Iterator[float]:
-    try:
-        lines = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return  # no Linux
-    for line in lines:
-        _, _, rest = line.partition(":")
-        controllers, _, path = rest.partition(":")
-        if controllers and "cpu" not in controllers.split(","):
-            continue
-        names = (controllers, "cpu", "cpu,cpuacct", "cpuacct,cpu") if controllers else ("", "unified")
-        for top in {root / "sys/fs/cgroup" / name for name in names}:
-            own = top / path.lstrip("/")
-            own = own if own.is_dir() and ".." not in Path(path).parts else top
-            for folder in (own, *own.parents):
-                quota = _quota(folder, bool(controllers))
-                if quota is not None:
-                    yield quota
-                if folder == top:
-                    break
-
-
-def _quota(folder: Path, version_1: bool) -> float | None:
+def _quota(folder: Path, second: bool) -> float | None:
     """Of one cgroup; None where it sets no limit, or says nothing that can be read."""
     try:
-        if version_1:
-            quota, period = ((folder / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
-        else:
+        if second:
             quota, period = (folder / "cpu.max").read_text().split()
+        else:
+            quota, period = ((folder / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
         allowed, of = int(quota), int(period)  # "max" is no number
     except (OSError, ValueError):
         return None

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 SECONDS = 20.0
 EXTRA_BYTES = 1 << 30
 
-_PRELOADED = ("torch", "transformers", "pyarrow.parquet", "swapless.runtime", "swapless.trace")
+_PRELOADED = ("torch", "transformers", "pyarrow.parquet", "swapless.runtime", "swapless.trace", "tests.fuzz.warm")
 
 
 class Mutation(NamedTuple):

@@ -36,6 +36,7 @@ def made(root: Path, cgroup: str, files: dict[str, str]) -> Path:
         ("3:memory:/x\n", {"cpu/cpu.cfs_quota_us": "1", "cpu/cpu.cfs_period_us": "2"}, None),
         ("0::/\n", {"cpu.max": "nonsense"}, None),
         ("nonsense\n", {}, None),
+        ("", {"cpu.max": "100 100"}, None),
     ],
 )
 def test_the_tightest_quota_counts(cgroup: str, files: dict[str, str], quota: float | None, tmp_path: Path) -> None:

@@ -24,7 +24,8 @@ def doctor(
 ) -> None:
     """Measure this machine: memory, disk, and the speed of the engine's products.
 
-    The figures are kept in the user's cache folder until the machine or a library changes.
+    The figures are kept in the user's cache folder until the machine, a limit of its container or a library changes. Those of a
+    busy machine are shown and not kept.
     """
     out = Out(as_json=as_json, quiet=quiet)
     with out.progress() as progress:
@@ -36,7 +37,10 @@ def doctor(
         found = machine(fresh=fresh, progress=progress)
         free = Free.of(cache_folder())
     now = {"available_bytes": free.memory_bytes, "limit_bytes": free.limit_bytes, "free_disk_bytes": free.disk_bytes}
-    out.document(found.to_dict() | {"now": now, "kept_in": str(cache_folder())})
+    kept = {"now": now, "kept_in": None if found.busy else str(cache_folder())}
+    out.document(found.to_dict() | kept | {"busy": found.busy.to_dict() if found.busy else None})
+    if found.busy is not None:
+        out.text(f"{found.busy} The figures below are too low, and were not kept.\n")
     out.facts(_facts(found, free))
     out.text("")
     depths = sorted(found.reads[0].bytes_per_s)
@@ -59,10 +63,12 @@ def doctor(
 
 def _facts(found: Machine, free: Free) -> list[tuple[str, str]]:
     about = found.identity
+    quota = about["processor_quota"]
+    cores = f"{about['cores']} cores" + (f", of which a cgroup gives the time of {quota:g}" if quota else "")
     limit = "" if free.limit_bytes >= about["memory_bytes"] else f", limited to {format_size(free.limit_bytes)} by a cgroup"
     direct = "past the page cache" if found.reads[0].direct else "through the page cache: direct I/O is refused there"
     return [
-        ("processor", f"{about['cpu']}, {about['cores']} cores, computing with {about['threads']} threads"),
+        ("processor", f"{about['cpu']}, {cores}, computing with {about['threads']} threads"),
         ("memory", f"{format_size(about['memory_bytes'])}{limit}, {format_size(free.memory_bytes)} free now"),
         ("memory speed", f"{found.memory_bytes_per_s / 1e9:.1f} GB/s read, {found.copy_bytes_per_s / 1e9:.1f} GB/s copied"),
         ("process", f"{format_size(found.base_bytes + found.loading_bytes)} before any model"),

@@ -52,6 +52,7 @@ def plan(
         progress("Starting", 0.0)
         import transformers
 
+        from swapless.plan.crowd import Crowd
         from swapless.plan.hits import CurveHits, TraceHits
         from swapless.plan.hub import local_or_headers
         from swapless.plan.machine import Free, machine
@@ -66,9 +67,13 @@ def plan(
         hits: Any = (
             CurveHits(opened, policy) if trace is None else TraceHits(read_trace(trace), opened, policy, name=trace.name)
         )
+        crowd = Crowd()
+        crowd.look()
         measured = machine(fresh=fresh, progress=progress)
         options_of_all: Any = {"whole": whole, "context": context, "policy": policy, "recall": recall, "check": check}
         found = run(opened, checkpoint, memory, measured, hits, progress=progress, **options_of_all)
+        crowd.look()
+        busy = measured.busy or crowd.found()
     layers = opened.layout.moe_layers
     about = {
         "checkpoint": checkpoint,
@@ -78,7 +83,7 @@ def plan(
         "top_k": opened.experts_a_token // len(layers),
         "here": whole,
     }
-    out.document(about | found.to_dict())
+    out.document(about | found.to_dict() | {"busy": busy.to_dict() if busy else None})
     if as_json:
         return
     shape = f"{about['num_moe_layers']} MoE layers of {about['num_experts']} experts, {about['top_k']} a token"
@@ -90,6 +95,9 @@ def plan(
             ("reads", found.reads_from),
         ]
     )
+    if busy is not None:
+        kept = " and were not kept" if measured.busy else ""
+        out.text(f"{busy} The speeds below are too low{kept}: plan again when it is quiet.")
     out.text("")
     out.table(_COLUMNS, [_row(row, about["num_moe_layers"]) for row in found.set_ups])
     _recommend(found, out)

@@ -1,17 +1,18 @@
 """What this machine can do: memory, read path, and the speed of the engine's own products; measured once and kept.
 
 The figures lie as JSON in the user's cache folder, with the machine's identity: another processor, number of threads, amount
-of memory or version of a library, and they are measured anew. What is free just now (memory, disk) is never kept.
+of memory, limit of a container or version of a library, and they are measured anew. What is free just now (memory, disk) is
+never kept, nor what was measured while others were at work.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import shutil
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,21 +20,28 @@ from typing import Any
 import numpy as np
 
 from swapless.atomic import write_json
-from swapless.errors import WriteError, message
+from swapless.errors import SwaplessError, UsageError, WriteError, message
 from swapless.folders import CACHE_VARIABLE, cache_folder
-from swapless.processors import affinity
+from swapless.plan.crowd import Busy, Crowd
+from swapless.processors import affinity, processor_quota
 from swapless.runtime.memory import available_bytes, limit_bytes, machine_bytes
 from swapless.store.checkpoint import Extent
 from swapless.store.probe import Probe, probe
 from swapless.store.read import BLOCK_BYTES, FileReader
+from swapless.untrusted import Table, read_json
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 _VERSIONS = ("swapless", "torch", "transformers", "numba", "numpy")
 _BLOCKS = (256 << 10, 1 << 20, 4 << 20)
 """Sizes at which the read path is probed: what packed experts, and parts of plain ones, come to."""
 _SCRATCH_BYTES = 256 << 20
 _PROBE_S = 0.6
+_AGAIN_S = 0.2
 _EXAMPLE_WEIGHTS = 4 << 20
+_FILE = "machine.json"
+_MOST_BYTES = 1 << 20
+_LEAST = 1e-6
+"""Rates are divided by."""
 
 Progress = Callable[[str, float], None]
 
@@ -59,6 +67,8 @@ class Machine:
         A process with all libraries and no model.
     loading_bytes : int
         What loading a small model left behind beside its weights.
+    busy : Busy, optional
+        Others were at work while this was measured: it is not kept.
     """
 
     identity: Mapping[str, Any]
@@ -68,6 +78,7 @@ class Machine:
     weights_per_s: Mapping[str, float]
     base_bytes: int
     loading_bytes: int
+    busy: Busy | None = None
 
     def read_at(self, block_bytes: int) -> Probe:
         """The probe of the block size nearest to this one."""
@@ -75,7 +86,8 @@ class Machine:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
-        return {"format_version": FORMAT_VERSION} | asdict(self) | {"identity": dict(self.identity)}
+        figures = {name: value for name, value in asdict(self).items() if name != "busy"}
+        return {"format_version": FORMAT_VERSION} | figures | {"identity": dict(self.identity)}
 
 
 def identity() -> dict[str, Any]:
@@ -86,7 +98,9 @@ def identity() -> dict[str, Any]:
         "cpu": _cpu(),
         "cores": len(affinity()),
         "threads": torch.get_num_threads(),
+        "processor_quota": processor_quota(),
         "memory_bytes": machine_bytes(),
+        "memory_limit_bytes": limit_bytes(),
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
     }
@@ -102,8 +116,14 @@ def _cpu() -> str:
     return named[0] if named else platform.processor() or platform.machine()
 
 
-def machine(*, fresh: bool = False, folder: Path | None = None, progress: Progress | None = None) -> Machine:
-    """The figures of this machine: those kept, if they are of it, else measured now and kept.
+def machine(
+    *,
+    fresh: bool = False,
+    folder: Path | None = None,
+    crowd: Crowd | None = None,
+    progress: Progress | None = None,
+) -> Machine:
+    """The figures of this machine: those kept, if they are of it, else measured now, and kept unless it is busy.
 
     Parameters
     ----------
@@ -111,6 +131,8 @@ def machine(*, fresh: bool = False, folder: Path | None = None, progress: Progre
         Measure in any case.
     folder : Path, optional
         Where they are kept, and whose disk is probed; the user's cache folder by default.
+    crowd : Crowd, optional
+        Looks for others at work.
     progress : callable of (str, float), optional
         Told what is going on and the share done.
 
@@ -121,13 +143,14 @@ def machine(*, fresh: bool = False, folder: Path | None = None, progress: Progre
     """
     folder = cache_folder() if folder is None else folder
     now = identity()
-    kept = None if fresh else _read(folder / "machine.json")
+    kept = None if fresh else _read(folder / _FILE)
     if kept is not None and kept.identity == now:
         return kept
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        measured = _measure(now, folder, progress or (lambda stage, done: None))
-        write_json(folder / "machine.json", measured.to_dict())
+        measured = _measure(now, folder, crowd or Crowd(), progress or (lambda stage, done: None))
+        if measured.busy is None:
+            write_json(folder / _FILE, measured.to_dict())
     except OSError as error:
         raise WriteError(
             message(
@@ -144,30 +167,65 @@ def machine(*, fresh: bool = False, folder: Path | None = None, progress: Progre
 def _read(path: Path) -> Machine | None:
     """The figures of a file, or None where it is not there or not of this form: they are then measured."""
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-        if document.pop("format_version") != FORMAT_VERSION:
+        table = read_json(path, error=UsageError, what="file of figures", max_bytes=_MOST_BYTES)
+        if table.integer("format_version") != FORMAT_VERSION:
             return None
-        reads = []
-        for row in document.pop("reads"):
-            depths = {int(depth): float(value) for depth, value in row.pop("bytes_per_s").items()}
-            reads.append(Probe(**row, bytes_per_s=depths))
-        return Machine(**document, reads=tuple(reads))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        table.only("format_version", *(name.name for name in fields(Machine) if name.name != "busy"))
+        rates = table.table("weights_per_s")
+        return Machine(
+            identity=table.table("identity").value,
+            reads=tuple(_probe(row) for row in table.tables("reads", minimum=1, maximum=64)),
+            copy_bytes_per_s=table.number("copy_bytes_per_s", minimum=_LEAST),
+            memory_bytes_per_s=table.number("memory_bytes_per_s", minimum=_LEAST),
+            weights_per_s={name: rates.number(name, minimum=_LEAST) for name in rates},
+            base_bytes=table.integer("base_bytes"),
+            loading_bytes=table.integer("loading_bytes"),
+        )
+    except (OSError, SwaplessError):
         return None
 
 
-def _measure(now: Mapping[str, Any], folder: Path, report: Progress) -> Machine:
+def _probe(row: Table) -> Probe:
+    row.only(*(name.name for name in fields(Probe)))
+    rates = row.table("bytes_per_s")
+    depth = row.integer("depth", minimum=1)
+    if f"{depth}" not in rates:
+        row.refuse("depth", "a depth of bytes_per_s")
+    return Probe(
+        block_bytes=row.integer("block_bytes", minimum=1),
+        bytes_per_s={_depth(rates, name): rates.number(name, minimum=_LEAST) for name in rates},
+        fixed_s=row.number("fixed_s", minimum=0.0),
+        depth=depth,
+        direct=row.flag("direct"),
+    )
+
+
+def _depth(rates: Table, name: str) -> int:
+    if not (name.isascii() and name.isdecimal() and 0 < len(name) < 4):
+        rates.refuse(name, "requests in flight as key")
+    return int(name)
+
+
+def _measure(now: Mapping[str, Any], folder: Path, crowd: Crowd, report: Progress) -> Machine:
     from swapless.plan import products, trial
 
+    crowd.look()
     report("reading from disk", 0.0)
-    reads = probe_disk(folder)
-    report("memory", 0.3)
-    copy, memory = products.copy_bytes_per_s(), products.read_bytes_per_s()
-    report("products", 0.4)
-    weights = dict(products.matrices(_EXAMPLE_WEIGHTS))
-    weights |= {f"expert {name}": value for name, value in trial.expert_weights_per_s()}
-    report("a small model", 0.8)
-    base, loading = trial.process_bytes()
+    with _scratch(folder) as path:
+        reads = tuple(probe_files([path], block) for block in _BLOCKS)
+        crowd.look()
+        with crowd.watching():
+            report("memory", 0.3)
+            copy, memory = products.copy_bytes_per_s(), products.read_bytes_per_s()
+            report("products", 0.4)
+            weights = dict(products.matrices(_EXAMPLE_WEIGHTS))
+            weights |= {f"expert {name}": value for name, value in trial.expert_weights_per_s()}
+            report("a small model", 0.8)
+            base, loading = trial.process_bytes()
+            crowd.twice("memory copied {:.3g} and {:.3g} bytes a second", copy, products.copy_bytes_per_s())
+        crowd.look()
+        again = probe_files([path], reads[-1].block_bytes, budget_s=_AGAIN_S)
+        crowd.twice("the disk gave {:.3g} and {:.3g} bytes a second", reads[-1].best_bytes_per_s, again.best_bytes_per_s)
     report("ready", 1.0)
     return Machine(
         identity=now,
@@ -177,11 +235,18 @@ def _measure(now: Mapping[str, Any], folder: Path, report: Progress) -> Machine:
         weights_per_s=weights,
         base_bytes=base,
         loading_bytes=loading,
+        busy=crowd.found(),
     )
 
 
 def probe_disk(folder: Path) -> tuple[Probe, ...]:
     """The read path of the disk of ``folder`` at several block sizes, by a scratch file that is removed again."""
+    with _scratch(folder) as path:
+        return tuple(probe_files([path], block) for block in _BLOCKS)
+
+
+@contextmanager
+def _scratch(folder: Path) -> Iterator[Path]:
     path = folder / f".probe-{os.getpid()}"
     chunk = np.random.default_rng(0).integers(0, 256, 4 << 20, dtype=np.uint8).data
     try:
@@ -190,7 +255,7 @@ def probe_disk(folder: Path) -> tuple[Probe, ...]:
                 file.write(chunk)
             file.flush()
             os.fsync(file.fileno())
-        return tuple(probe_files([path], block) for block in _BLOCKS)
+        yield path
     finally:
         path.unlink(missing_ok=True)
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
+
+from swapless.control_groups import group_folders
 
 _PAGE = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
 _UNLIMITED = 1 << 60
@@ -73,37 +74,11 @@ def limit_bytes(root: Path = Path("/")) -> int:
 
 def _cgroups(root: Path) -> Iterator[tuple[int, Cgroup]]:
     """Limited memory cgroups of this process, v1 or v2, from its own (0) up to that of the whole machine."""
-    try:
-        lines = (root / "proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        return  # no Linux
     machine = machine_bytes(root)
-    for line in lines:
-        number, _, rest = line.partition(":")
-        controllers, _, path = rest.partition(":")
-        if "memory" in controllers.split(","):
-            version, tops = _V1, _mounts(root, "memory") or [(root / "sys/fs/cgroup/memory", "/")]
-        elif number == "0" and not controllers:
-            version, tops = _V2, _mounts(root, None) or [(root / "sys/fs/cgroup", "/"), (root / "sys/fs/cgroup/unified", "/")]
-        else:
-            continue
-        for top, shown in tops:
-            for depth, folder in enumerate(_folders(top, shown, path)):
-                cgroup = _limited(folder, version, machine)
-                if cgroup is not None:
-                    yield depth, cgroup
-
-
-def _folders(top: Path, shown: str, path: str) -> list[Path]:
-    """Folders of the groups on ``path``, our own first. ``shown`` is the group that is mounted at ``top``."""
-    prefix = shown.rstrip("/") + "/"
-    inner = path[len(prefix) :] if path.startswith(prefix) else "" if path == shown else path.lstrip("/")
-    parts = [part for part in inner.split("/") if part]
-    if ".." in parts:
-        parts = []  # a group outside of what this namespace shows
-    visible = [folder for folder in (top.joinpath(*parts[:length]) for length in range(len(parts), -1, -1)) if folder.is_dir()]
-    # In a container the path is the host's: what is mounted at the top is our own group then.
-    return visible if visible[:1] == [top.joinpath(*parts)] else [top, *(folder for folder in visible if folder != top)]
+    for depth, folder, second in group_folders("memory", root):
+        cgroup = _limited(folder, _V2 if second else _V1, machine)
+        if cgroup is not None:
+            yield depth, cgroup
 
 
 def _limited(folder: Path, version: _Version, machine: int) -> Cgroup | None:
@@ -115,28 +90,6 @@ def _limited(folder: Path, version: _Version, machine: int) -> Cgroup | None:
     if limit >= min(machine, _UNLIMITED) or _number(usage) is None:
         return None
     return Cgroup(usage, peak if peak.exists() else None, limit)
-
-
-def _mounts(root: Path, controller: str | None) -> list[tuple[Path, str]]:
-    """Where the tree of a v1 controller (None: of v2) is mounted, and which of its groups is seen there."""
-    try:
-        lines = (root / "proc/self/mountinfo").read_text().splitlines()
-    except OSError:
-        return []
-    found = []
-    for line in lines:
-        before, _, after = line.partition(" - ")
-        fields, kind = before.split(), after.split()
-        if len(fields) < 5 or len(kind) < 3:
-            continue
-        ours = kind[0] == "cgroup2" if controller is None else kind[0] == "cgroup" and controller in kind[2].split(",")
-        if ours:
-            found.append((root / _plain(fields[4]).lstrip("/"), _plain(fields[3])))
-    return found
-
-
-def _plain(escaped: str) -> str:
-    return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), escaped)
 
 
 def _number(file: Path) -> int | None:
