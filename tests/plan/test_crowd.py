@@ -100,18 +100,28 @@ def test_what_was_measured_beside_others_is_not_kept(tmp_path: Path, monkeypatch
     assert (tmp_path / "machine.json").read_bytes() == before, "what was kept stays"
 
 
-def test_doctor_and_plan_say_it(kept_machine: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor_says_it(kept_machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     measured_as(monkeypatch, busy=BUSY)
     before = (kept_machine / "machine.json").read_bytes()
-    for line in (["doctor", "--fresh"], ["plan", str(checkpoint), "--memory", "600MiB", "--context", "256", "--fresh"]):
-        said = CliRunner().invoke(app, line)
-        assert said.exit_code == 0 and "The machine is busy: this process got 50%" in said.stdout, said.output
-        assert "not kept" in said.stdout
-    assert json.loads(CliRunner().invoke(app, ["doctor", "--fresh", "--json"]).stdout)["busy"] == BUSY.to_dict() | {
-        "apart": list(BUSY.apart)
-    }
+    said = CliRunner().invoke(app, ["doctor", "--fresh"])
+    assert said.exit_code == 0 and "The machine is busy: this process got 50%" in said.stdout, said.output
+    assert "not kept" in said.stdout
+    document = json.loads(CliRunner().invoke(app, ["doctor", "--fresh", "--json"]).stdout)
+    assert document["busy"] == BUSY.to_dict() | {"apart": list(BUSY.apart)} and document["kept_in"] is None
     assert (kept_machine / "machine.json").read_bytes() == before
     assert json.loads(CliRunner().invoke(app, ["doctor", "--json"]).stdout)["busy"] is None
+
+
+@pytest.mark.slow
+def test_plan_says_it(kept_machine: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured_as(monkeypatch, busy=BUSY)
+    before = (kept_machine / "machine.json").read_bytes()
+    arguments = ["plan", str(checkpoint), "--memory", "600MiB", "--context", "256", "--fresh"]
+    said = CliRunner().invoke(app, arguments)
+    assert said.exit_code == 0 and "The machine is busy: this process got 50%" in said.stdout, said.output
+    assert "not kept" in said.stdout
+    assert json.loads(CliRunner().invoke(app, [*arguments, "--json"]).stdout)["busy"]["share"] == 0.5
+    assert (kept_machine / "machine.json").read_bytes() == before
 
 
 @pytest.mark.slow
