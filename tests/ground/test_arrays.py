@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -10,6 +15,8 @@ from hypothesis.extra import numpy as npst
 
 from swapless.arrays import want, want_ids, want_offsets
 from swapless.errors import UsageError
+
+TESTS = Path(__file__).resolve().parents[1]
 
 
 @pytest.mark.parametrize(
@@ -85,3 +92,27 @@ def test_offsets_that_do_not_cut_are_refused(offsets):
 @pytest.mark.parametrize("offsets", [[0], [0, 4], [0, 0, 4, 4], [1, 3]])
 def test_offsets_that_cut_are_not(offsets):
     assert want_offsets(np.array(offsets, np.int64), 4).tolist() == offsets
+
+
+@pytest.mark.slow
+def test_no_loop_leaves_its_arrays():
+    """The smallest shapes, and twins on random traces, with every index of compiled code asked whether it lies within."""
+    names = ("cache/test_edges", "cache/test_contract", "predict/test_edges", "locality/test_exact", "oracle/test_scans")
+    files = [str(TESTS / f"{name}.py") for name in names]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files]
+    environment = os.environ | {"NUMBA_BOUNDSCHECK": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=3000, cwd=TESTS.parent, env=environment)
+    assert done.returncode == 0, done.stdout[-3000:]
+
+
+@pytest.mark.slow
+def test_an_index_outside_would_be_found():
+    script = """
+import numpy as np
+from swapless.cache.ring import renew
+ring = np.arange(4, dtype=np.uint32)
+renew(ring, ring, np.uint64(70), np.uint64(1))
+"""
+    environment = os.environ | {"NUMBA_BOUNDSCHECK": "1"}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300, env=environment)
+    assert "IndexError" in done.stderr

@@ -135,3 +135,19 @@ def test_weights_that_are_no_numbers_are_refused(bits: int, value: float) -> Non
 def test_unknown_precision_is_refused(bits: int, group: int) -> None:
     with pytest.raises(UsageError, match="Allowed: "):
         check_precision(bits, group)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_weights_and_memory_of_another_layout_are_refused(bits: int) -> None:
+    how = layout(40, 64, bits)
+    out = np.zeros(how.nbytes, np.uint8)
+    for weights, memory in (
+        (np.zeros((40, 96), np.float32), out),
+        (np.zeros((41, 64), np.float32), out),
+        (np.zeros((40, 64)), out),
+        (np.zeros((40, 64), np.float32), out[:-64]),
+        (np.zeros((40, 64), np.float32), out.view(np.int8)),
+    ):
+        with pytest.raises(UsageError, match="wrong"):
+            quantize(weights, how, memory)
+    quantize(np.zeros((40, 64), np.float32), how, out)

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from swapless.arrays import want
 from swapless.compiled import kernel
 from swapless.errors import CheckpointCorruptError, message
 from swapless.store.matrix import ROW_BLOCK, MatrixLayout
@@ -35,7 +36,11 @@ def quantize(weights: np.ndarray, layout: MatrixLayout, out: np.ndarray) -> None
     ------
     CheckpointCorruptError
         A weight is infinite or no number.
+    UsageError
+        Weights or memory that are not those of the layout.
     """
+    want(weights, "weights", (np.float32, np.uint16), (layout.rows, layout.columns))
+    want(out, "memory", np.uint8, (layout.nbytes,))
     values, scales, zeros = layout.planes(out)
     out[layout.scales_offset :] = 0  # what lies between the planes is part of the bytes
     bits = weights if weights.dtype == np.uint16 else weights.view(np.uint32)
