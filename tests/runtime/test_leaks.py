@@ -313,10 +313,12 @@ def busy():
         assert torch.equal(answer(), first)
 thread = threading.Thread(target=busy)
 thread.start()
-for _ in range(4):
-    time.sleep(0.03)
-    assert child(right) == 0
-stop.set(); thread.join()
+try:
+    for _ in range(4):
+        time.sleep(0.03)
+        assert child(right) == 0
+finally:
+    stop.set(); thread.join()
 """,
     "in a hook between two blocks": """
 pids = []

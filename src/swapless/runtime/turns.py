@@ -15,6 +15,9 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
+PATIENCE = 10.0
+"""Seconds that a fork waits for a call of another thread to end."""
+
 
 class Turn:
     """A lock that the thread which holds it may take again, and that a forked child gets anew.
@@ -38,8 +41,12 @@ class Turn:
         return Turn, ()  # a copy of whatever takes turns takes its own
 
     def before_fork(self) -> None:
-        """Take the lock if nobody else has it, so that no call runs while memory is copied."""
-        self._held = self.lock.acquire(blocking=False)
+        """Take the lock, so that no call runs while memory is copied.
+
+        What a call of another thread is in the middle of, a lock of torch's or of OneDNN's, the child would wait for without
+        end. So the fork waits for that call, though not for ever: it may itself be waiting for the thread that forks.
+        """
+        self._held = self.lock.acquire(timeout=PATIENCE)
 
     def after_fork(self) -> None:
         """Go on, in the parent."""
