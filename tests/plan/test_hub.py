@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import struct
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -19,79 +19,8 @@ import pytest
 from swapless.errors import CheckpointCorruptError, CheckpointMissingError, UnsupportedCheckpointError
 from swapless.plan.hub import fetch_headers, local_or_headers
 from swapless.runtime import describe
-
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
-
-
-class Hub(ThreadingHTTPServer):
-    """Repositories by id, each a folder, ``gated`` or ``private``; ``served`` lists (file, first byte, bytes) of all bodies."""
-
-    daemon_threads = True
-
-    def __init__(self, repositories: dict[str, Path | str], *, ranges: bool = True) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
-        self.repositories, self.ranges = repositories, ranges
-        self.served: list[tuple[str, int, int]] = []
-
-    @property
-    def endpoint(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}"
-
-
-class _Handler(BaseHTTPRequestHandler):
-    server: Hub
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, *_: Any) -> None:
-        """Silent."""
-
-    def do_HEAD(self) -> None:
-        self._answer(body=False)
-
-    def do_GET(self) -> None:
-        self._answer(body=True)
-
-    def _answer(self, *, body: bool) -> None:
-        path = self.path.partition("?")[0]
-        api = re.fullmatch(r"/api/models/([^/]+/[^/]+)(/revision/[^/]+)?", path)
-        file = re.fullmatch(r"/([^/]+/[^/]+)/resolve/[^/]+/(.+)", path)
-        found = self.server.repositories.get((api or file)[1]) if api or file else None
-        if found in ("gated", "private"):
-            code = "GatedRepo" if found == "gated" else "RepoNotFound"
-            self._send(403 if found == "gated" else 401, b"", {"X-Error-Code": code}, body)
-        elif found is None:
-            self._send(404, b"", {"X-Error-Code": "RepoNotFound"}, body)
-        elif api:
-            names = [{"rfilename": entry.name} for entry in sorted(Path(found).iterdir())]
-            document = {"id": api[1], "modelId": api[1], "sha": COMMIT, "siblings": names, "tags": [], "private": False}
-            self._send(200, json.dumps(document).encode(), {"Content-Type": "application/json"}, body)
-        elif file and (Path(found) / file[2]).is_file():
-            self._file(Path(found) / file[2], body)
-        else:
-            self._send(404, b"", {"X-Error-Code": "EntryNotFound"}, body)
-
-    def _file(self, path: Path, body: bool) -> None:
-        data = path.read_bytes()
-        first, end, code = 0, len(data), 200
-        headers = {"ETag": f'"{path.stat().st_mtime_ns:x}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
-        asked = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
-        if asked and self.server.ranges:
-            first, end, code = int(asked[1]), min(len(data), int(asked[2]) + 1), 206
-            headers["Content-Range"] = f"bytes {first}-{end - 1}/{len(data)}"
-        if body:
-            self.server.served.append((path.name, first, end - first))
-        self._send(code, data[first:end], headers, body)
-
-    def _send(self, code: int, content: bytes, headers: dict[str, str], body: bool) -> None:
-        self.send_response(code)
-        for name, value in {**headers, "Content-Length": str(len(content))}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        if body:
-            try:
-                self.wfile.write(content)
-            except (BrokenPipeError, ConnectionResetError):
-                self.close_connection = True  # the client has what it wanted
+from swapless.store.headers import INDEX_NAME
+from tests.hub import Hub
 
 
 @pytest.fixture
@@ -195,6 +124,62 @@ def test_an_index_that_leads_nowhere(index: str, serve: Any, tmp_path: Path) -> 
     (folder / "model.safetensors.index.json").write_text(index)
     hub = serve({"made/model": folder})
     with pytest.raises(CheckpointCorruptError, match="index"):
+        fetch_headers("made/model", tmp_path / "ghosts", endpoint=hub.endpoint)
+
+
+MALFORMED = {
+    "nested deep": b"[" * 100_000,
+    "a header of nested objects": b'{"a":' * 50_000,
+    "an overlap": b'{"a":{"dtype":"U8","shape":[4],"data_offsets":[0,4]},"b":{"dtype":"U8","shape":[4],"data_offsets":[2,6]}}',
+    "sizes beyond all disks": b'{"a":{"dtype":"U8","shape":[4611686018427387904],"data_offsets":[0,4611686018427387904]}}',
+    "no numbers": b'{"a":{"dtype":"U8","shape":[4],"data_offsets":["0","4"]}}',
+    "5000 digits": b'{"a":{"dtype":"U8","shape":[4],"data_offsets":[0,' + b"9" * 5000 + b"]}}",
+    "no text": b"{\xff}",
+}
+
+
+@pytest.mark.parametrize("header", MALFORMED.values(), ids=MALFORMED.keys())
+def test_a_malformed_shard_is_called_malformed(header: bytes, serve: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "repository"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(8))
+    hub = serve({"made/model": folder})
+    with pytest.raises(CheckpointCorruptError, match=r"made/model/model\.safetensors"):
+        fetch_headers("made/model", tmp_path / "ghosts", endpoint=hub.endpoint)
+
+
+def test_the_single_file_comes_before_an_index(serve: Any, sharded: Path, checkpoint: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "repository"
+    shutil.copytree(sharded, folder)
+    shutil.copy(checkpoint / "model.safetensors", folder)
+    hub = serve({"made/model": folder})
+    fetch_headers("made/model", tmp_path / "ghosts", endpoint=hub.endpoint)
+    assert [file.name for file in (tmp_path / "ghosts").glob("*.safetensors")] == ["model.safetensors"]
+
+
+def test_shards_in_a_folder_below(serve: Any, sharded: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "repository"
+    shutil.copytree(sharded, folder)
+    (folder / "below").mkdir()
+    for shard in list(folder.glob("*.safetensors")):
+        shard.rename(folder / "below" / shard.name)
+    index = json.loads((folder / INDEX_NAME).read_text())
+    index["weight_map"] = {key: f"below/{name}" for key, name in index["weight_map"].items()}
+    (folder / INDEX_NAME).write_text(json.dumps(index))
+    hub = serve({"made/model": folder})
+    fetch_headers("made/model", tmp_path / "ghosts", endpoint=hub.endpoint)
+    assert describe(tmp_path / "ghosts") == describe(folder)
+
+
+def test_a_configuration_without_end_is_not_fetched(serve: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "repository"
+    folder.mkdir()
+    with open(folder / "config.json", "wb") as file:
+        file.truncate(200 << 20)
+    (folder / "model.safetensors").write_bytes(b"")
+    hub = serve({"made/model": folder})
+    with pytest.raises(CheckpointCorruptError, match=r"too large.*made/model/config\.json"):
         fetch_headers("made/model", tmp_path / "ghosts", endpoint=hub.endpoint)
 
 

@@ -59,6 +59,7 @@ def _facts(found: Any) -> list[tuple[str, str]]:
         ("all else", format_size(found.non_expert_bytes)),
         ("one token needs", f"{format_size(found.token_cycle_bytes)} of experts, read anew where none is resident"),
         ("smallest useful budget", f"{format_size(found.smallest_budget_bytes)} for the whole process"),
+        *(("note", note) for note in found.notes),
     ]
 
 

@@ -248,13 +248,12 @@ def _recipe_file(path: Path | None) -> dict[str, Any]:
 
 def _data(corpus: Path, tokenizer: str | None, cache: Path, *, held_out: bool) -> tuple[Any, dict[str, Any]]:
     """The tokenizer, and the tokens of one side of the split by domain."""
-    from transformers import AutoTokenizer
-
     from swapless import embedded
     from swapless.oracle.corpus import domain_texts, read_documents, token_streams
+    from swapless.runtime.door import tokenizer_of
 
     documents = read_documents(corpus)
-    loaded: Any = AutoTokenizer.from_pretrained(tokenizer or embedded.path(), local_files_only=True)
+    loaded = tokenizer_of(Path(tokenizer or embedded.path()))
     return loaded, token_streams(domain_texts(documents, held_out=held_out), loaded, cache)
 
 

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from swapless.cli._options import set_threads
@@ -58,32 +59,20 @@ def open_tokenizer(checkpoint: str) -> Any:
     CheckpointError
         It has none that transformers can read.
     """
-    from transformers import AutoTokenizer
-
-    problem = None
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-        if tokenizer("a", add_special_tokens=False)["input_ids"]:
-            tokenizer.chat_template = tokenizer.chat_template or _template_beside(checkpoint)
-            return tokenizer
-    except Exception as error:  # whatever the files hold: transformers, tokenizers, JSON and Jinja share no root
-        problem = error
-    raise CheckpointError(
-        message(
-            "The tokenizer of this checkpoint cannot be read.",
-            where=checkpoint,
-            got=" ".join(str(problem).split())[:200].rstrip(".") if problem else "one without a vocabulary",
-            step="Put the tokenizer's files (tokenizer.json, tokenizer_config.json) beside config.json.",
-        )
-    ) from problem
-
-
-def _template_beside(checkpoint: str) -> str | None:
-    """The chat template of a checkpoint that keeps it where processors look for it."""
+    from swapless.runtime.door import tokenizer_of
     from swapless.runtime.source import checkpoint_folder
+
+    folder = checkpoint_folder(checkpoint)
+    tokenizer = tokenizer_of(folder)
+    tokenizer.chat_template = tokenizer.chat_template or _template_beside(folder)
+    return tokenizer
+
+
+def _template_beside(folder: Path) -> str | None:
+    """The chat template of a checkpoint that keeps it where processors look for it."""
     from swapless.untrusted import read_json
 
-    file = checkpoint_folder(checkpoint, local_files_only=True) / "chat_template.json"
+    file = folder / "chat_template.json"
     return read_json(file, what="chat template").text("chat_template", maximum=1_000_000) if file.is_file() else None
 
 
@@ -118,7 +107,9 @@ def prompt_ids(tokenizer: Any, text: str) -> Any:
     """
     import torch
 
-    ids = tokenizer(text, return_tensors="pt")["input_ids"].long()
+    from swapless.runtime.door import text_ids
+
+    ids = text_ids(tokenizer, text)
     if ids.shape[-1]:
         return ids
     if tokenizer.bos_token_id is None:

@@ -6,20 +6,45 @@ whatever looks at a checkpoint folder without reading weights works on it unchan
 
 from __future__ import annotations
 
-import json
 import struct
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from swapless.errors import CheckpointCorruptError, CheckpointMissingError, UnsupportedCheckpointError, message
+from swapless.errors import (
+    CheckpointCorruptError,
+    CheckpointError,
+    CheckpointMissingError,
+    SwaplessError,
+    UnsupportedCheckpointError,
+    message,
+)
 from swapless.runtime.source import checkpoint_folder, is_hub_id
-from swapless.store.headers import INDEX_NAME, SINGLE_NAME, find_shards
+from swapless.store.headers import (
+    CONFIG_NAME,
+    INDEX_NAME,
+    MAX_CONFIG_BYTES,
+    MAX_INDEX_BYTES,
+    SINGLE_NAME,
+    find_shards,
+    local_folder,
+    names_of_shards,
+    read_header,
+)
 from swapless.store.packed import MANIFEST
+from swapless.store.shard import MAX_HEADER_BYTES
+from swapless.untrusted import Table, parse_json
 
 _CONNECTIONS = 8
-_MOST_HEADER_BYTES = 100_000_000
+_MOST_SHARD_BYTES = 2**44
+_SMALL_FILES = {
+    CONFIG_NAME: MAX_CONFIG_BYTES,
+    INDEX_NAME: MAX_INDEX_BYTES,
+    "adapter_config.json": MAX_CONFIG_BYTES,
+    "hf_quant_config.json": MAX_CONFIG_BYTES,
+}
+"""What is fetched whole, each with the most bytes that it may have."""
 
 Progress = Callable[[str, float], None]
 
@@ -55,7 +80,7 @@ def local_or_headers(
         A repository without safetensors, or a packed store.
     """
     if not is_hub_id(checkpoint):
-        return Path(checkpoint), True
+        return local_folder(Path(checkpoint)), True
     downloaded = _downloaded(str(checkpoint), revision)
     if downloaded is not None:
         return downloaded, True
@@ -67,7 +92,7 @@ def _downloaded(repository: str, revision: str | None) -> Path | None:
     try:
         folder = checkpoint_folder(repository, revision=revision, local_files_only=True)
         find_shards(folder)
-    except (CheckpointMissingError, CheckpointCorruptError, UnsupportedCheckpointError):
+    except CheckpointError:
         return None  # not, or not all of it: the hub has the headers
     return folder
 
@@ -89,36 +114,27 @@ def fetch_headers(
     report = progress or (lambda stage, done: None)
     report("asking the hub", 0.0)
     try:
-        info = HfApi(endpoint=endpoint).model_info(repository, revision=revision)
-        names = {sibling.rfilename for sibling in info.siblings or ()}
-        _refuse_other_formats(repository, names)
-        for name in ("config.json", INDEX_NAME):
-            if name in names:
+        info = HfApi(endpoint=endpoint).model_info(repository, revision=revision, files_metadata=True)
+        sizes = {sibling.rfilename: sibling.size for sibling in info.siblings or ()}
+        _refuse_other_formats(repository, set(sizes))
+        for name, most in _SMALL_FILES.items():
+            if name in sizes:
+                if (sizes[name] or 0) > most:
+                    raise CheckpointCorruptError(
+                        message("A file on the hub is too large.", where=f"{repository}/{name}", allowed=f"up to {most} bytes")
+                    )
                 hf_hub_download(repository, name, revision=info.sha, local_dir=folder, endpoint=endpoint)
-        shards = _shards(folder, names)
+        shards = [SINGLE_NAME] if SINGLE_NAME in sizes else names_of_shards(folder / INDEX_NAME)
         with ThreadPoolExecutor(_CONNECTIONS) as connections:
             jobs = [connections.submit(_ghost, repository, name, info.sha, endpoint, folder) for name in shards]
             for number, job in enumerate(jobs):
                 job.result()
                 report("fetching headers", (number + 1) / len(jobs))
+    except SwaplessError as error:
+        # What is wrong with a file is told with its name on the hub, and not that of a copy that goes away.
+        raise type(error)(str(error).replace(f"{folder}/", f"{repository}/")) from error
     except Exception as error:  # the hub client's errors share no root
-        if isinstance(error, (CheckpointCorruptError, UnsupportedCheckpointError)):
-            raise
         raise _not_to_be_had(repository, error) from error
-
-
-def _shards(folder: Path, names: set[str]) -> list[str]:
-    """Names of the shards: those of the index, which need not be all files of the repository."""
-    if INDEX_NAME not in names:
-        return [SINGLE_NAME]
-    try:
-        weight_map = json.loads((folder / INDEX_NAME).read_text(encoding="utf-8"))["weight_map"]
-        names_of_shards = sorted({str(name) for name in weight_map.values()})
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointCorruptError(message("The index has no weight_map.", where=INDEX_NAME, got=repr(error))) from error
-    if odd := [name for name in names_of_shards if Path(name).name != name]:
-        raise CheckpointCorruptError(message("The index names a shard outside its folder.", where=INDEX_NAME, got=odd[0]))
-    return names_of_shards
 
 
 def _ghost(repository: str, name: str, revision: str | None, endpoint: str | None, folder: Path) -> None:
@@ -128,26 +144,39 @@ def _ghost(repository: str, name: str, revision: str | None, endpoint: str | Non
     url = hf_hub_url(repository, name, revision=revision, endpoint=endpoint)
     prefix = _range(url, 0, 8)
     length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
-    if not 2 <= length <= _MOST_HEADER_BYTES:
+    if not 2 <= length <= MAX_HEADER_BYTES:
         raise CheckpointCorruptError(
-            message("A shard on the hub has no safetensors header.", where=name, got=f"{length} bytes")
+            message("A shard on the hub has no safetensors header.", where=f"{repository}/{name}", got=f"{length} bytes")
         )
     header = _range(url, 8, length)
-    try:
-        write_ghost(folder / name, header)
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+    if len(header) < length:
+        got, allowed = f"{8 + len(header)} bytes", f"at least {8 + length} bytes"
         raise CheckpointCorruptError(
-            message("The header of a shard on the hub is malformed.", where=name, got=repr(error))
-        ) from error
+            message("A shard on the hub is truncated.", where=f"{repository}/{name}", got=got, allowed=allowed)
+        )
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_ghost(path, header)
+    read_header(path)
 
 
 def write_ghost(path: Path, header: bytes) -> None:
-    """Write a ghost shard: its safetensors header, and a hole of the size of its data."""
-    entries = json.loads(header)
-    data_bytes = max((entry["data_offsets"][1] for key, entry in entries.items() if key != "__metadata__"), default=0)
+    """Write a ghost shard: its safetensors header, and a hole of the size of its data.
+
+    Raises
+    ------
+    CheckpointCorruptError
+        The header does not tell that size.
+    """
+    entries = Table(parse_json(header, where=path, what="header of the shard"), where=path)
+    data_bytes = 0
+    for key in entries:
+        if key != "__metadata__":
+            offsets = entries.table(key).integers("data_offsets", maximum=_MOST_SHARD_BYTES, least=2, most=2)
+            data_bytes = max(data_bytes, offsets[1])
     with open(path, "wb") as file:
         file.write(struct.pack("<Q", len(header)) + header)
-        file.truncate(8 + len(header) + int(data_bytes))
+        file.truncate(8 + len(header) + data_bytes)
 
 
 def _range(url: str, first: int, count: int) -> bytes:

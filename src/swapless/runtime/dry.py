@@ -51,7 +51,7 @@ def dry_run(model: PreTrainedModel) -> DryRun:
 
 
 def _cache_bytes(model: PreTrainedModel, tokens: int) -> int:
-    out = model(input_ids=torch.ones((1, tokens), dtype=torch.long), use_cache=True)
+    out = model(input_ids=torch.zeros((1, tokens), dtype=torch.long), use_cache=True)  # the one id that every vocabulary has
     return _tensor_bytes(getattr(out, "past_key_values", None), set())
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from swapless.cache import DEFAULT_POLICY, POLICIES
@@ -21,7 +21,7 @@ from swapless.notation import Phase
 from swapless.runtime.ahead import Lookahead
 from swapless.runtime.budget import Budget, plan_budget
 from swapless.runtime.compute import Experts
-from swapless.runtime.door import experts_of, group_heads, load_non_experts
+from swapless.runtime.door import experts_of, foreign_errors, generation_config, group_heads, load_non_experts
 from swapless.runtime.dry import dry_run
 from swapless.runtime.engine import Engine
 from swapless.runtime.memory import CODE_BYTES, MemoryMeter, available_bytes, drop_unused_cache
@@ -191,7 +191,8 @@ def _load(
     report("measuring", 0.7)
     _warm_kernels(chosen)
     compute = computation(opened)
-    dry = dry_run(model)
+    with foreign_errors("The model does not run with this configuration.", opened.folder):
+        dry = dry_run(model)
     lookahead = None
     if ahead is not None and not if_worth:
         before_bytes = meter.now_bytes()
@@ -208,7 +209,7 @@ def _load(
     if ahead is not None and not if_worth:
         fixed["prediction"] += ahead.growth_bytes(context_tokens)
     budget = plan_budget(total_bytes=total_bytes, resident_share=share, fixed_parts=fixed, **shape)
-    budget = replace(budget, warnings=(*budget.warnings, *(ahead.notes if ahead else ())))
+    budget = replace(budget, warnings=(*budget.warnings, *opened.notes, *(ahead.notes if ahead else ())))
     if ahead is not None and if_worth and budget.ahead_slots:
         lookahead = ahead.open(model)
     report("opening slots", 0.9)
@@ -249,17 +250,16 @@ def _load_non_experts(opened: OpenCheckpoint, attn_implementation: str | None, c
     try:
         transformers_logging.disable_progress_bar()
         transformers_logging.set_verbosity_error()
-        if opened.manifest is not None and opened.manifest.dense:
-            model, wrong = _load_quantized_linears(opened, opened.manifest, tensors, attn_implementation)
-        else:
-            cls = offloaded_class(opened.cls)
-            model, wrong = load_non_experts(cls, opened.config, opened.layout, opened.refs, tensors, attn_implementation)
+        with foreign_errors("Weights do not fit the model.", opened.folder):
+            if opened.manifest is not None and opened.manifest.dense:
+                model, wrong = _load_quantized_linears(opened, opened.manifest, tensors, attn_implementation)
+            else:
+                cls = offloaded_class(opened.cls)
+                model, wrong = load_non_experts(cls, opened.config, opened.layout, opened.refs, tensors, attn_implementation)
         tensors.check()
-    except RuntimeError as error:
+    except CheckpointCorruptError:
         tensors.check()
-        raise CheckpointCorruptError(
-            message("Weights do not fit the model.", where=opened.folder, got=str(error).splitlines()[0])
-        ) from error
+        raise
     finally:
         reader.close()
         transformers_logging.set_verbosity(verbosity)
@@ -274,8 +274,7 @@ def _load_non_experts(opened: OpenCheckpoint, attn_implementation: str | None, c
                 step="Download the checkpoint again.",
             )
         )
-    if (opened.folder / "generation_config.json").exists():
-        model.generation_config = GenerationConfig.from_pretrained(opened.folder, local_files_only=True)
+    model.generation_config = generation_config(opened.folder) or model.generation_config
     if attn_implementation is None and opened.rounded:
         group_heads(model, True)  # no last bit is to be kept
     return model.eval()

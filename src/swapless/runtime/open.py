@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from swapless.errors import (
     CheckpointCorruptError,
+    CheckpointError,
     PackMismatchError,
     UnsupportedFamilyError,
     UsageError,
@@ -19,18 +21,32 @@ from swapless.errors import (
 )
 from swapless.runtime.door import (
     Layout,
+    bounded_modules,
+    check_block_size,
     check_packed_model,
-    check_quantization,
+    check_values,
     checkpoint_layout,
+    computable,
     dequantize_on_load,
+    expert_parameters,
+    experts_of,
+    foreign,
+    foreign_errors,
+    is_served,
     model_class,
+    model_config,
+    own_config,
     packed_layout,
+    refuse_unknown,
     skeleton,
+    stated_dtype,
 )
 from swapless.runtime.families import NEEDS, unsupported_family
 from swapless.runtime.pool import slot_bytes
-from swapless.store.headers import TensorRef, read_config, read_header, read_headers
+from swapless.store.headers import CONFIG_NAME, TensorRef, first_shard, local_folder, read_config, read_header, read_headers
 from swapless.store.packed import DENSE, Manifest, check_dense, is_packed, read_manifest
+from swapless.units import format_size
+from swapless.untrusted import shown
 
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -38,7 +54,7 @@ _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF
 class OpenCheckpoint(NamedTuple):
     """A checkpoint whose headers were read: folder, configuration, model class, layout and tensors.
 
-    Of a packed store, ``manifest`` is its manifest, and ``refs`` hold no experts.
+    Of a packed store, ``manifest`` is its manifest, and ``refs`` hold no experts. ``notes`` are sentences on what is left out.
     """
 
     folder: Path
@@ -48,6 +64,7 @@ class OpenCheckpoint(NamedTuple):
     refs: dict[str, TensorRef]
     experts_a_token: int
     manifest: Manifest | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def files(self) -> list[Path]:
@@ -85,6 +102,7 @@ class CheckpointInfo:
     non_expert_bytes: int
     token_cycle_bytes: int
     smallest_budget_bytes: int
+    notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -104,38 +122,38 @@ def open_checkpoint(folder: Path, dtype: str | torch.dtype = "auto") -> OpenChec
         Whatever is wrong with the folder or the family.
     """
     raw = read_config(folder)
-    _refuse_unserved(folder, raw)
+    _refuse_quantised(folder, raw)
+    refuse_unknown(folder, raw)
     manifest = read_manifest(folder) if is_packed(folder) else None
     refs = read_headers(folder) if manifest is None else read_header(folder / DENSE)
     if manifest is not None:
         check_dense(folder, manifest, refs)
-    try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # configuration classes check themselves, each with errors of its own
-        raise CheckpointCorruptError(
-            message("transformers cannot make sense of config.json.", where=folder, got=str(error).splitlines()[0])
-        ) from error
+    config = model_config(folder, raw)
     if config.model_type in NEEDS:
         raise unsupported_family(config)
-    dequantize_on_load(config)
-    cls = model_class(config)
-    if manifest is not None:
-        own = getattr(torch, manifest.dtype) if dtype == "auto" else resolve_dtype(dtype, config, refs)
-        _check_dtype(folder, config, manifest)
-        meta = skeleton(cls, config)
-        layout = packed_layout(meta, manifest, refs, own)
-        check_packed_model(meta, manifest, refs)
-    else:
-        layout = checkpoint_layout(skeleton(cls, config), refs, resolve_dtype(dtype, config, refs))
-    if layout.top_k is None:
-        raise UnsupportedFamilyError(
-            message("The configuration does not say how many experts a token uses.", where=folder, got=config.model_type)
-        )
-    return OpenCheckpoint(folder, config, cls, layout, refs, layout.top_k * len(layout.moe_layers), manifest)
+    with foreign_errors("transformers cannot build the model that config.json describes.", folder):
+        cls = model_class(config)
+        config = own_config(config, cls)
+        refs |= _further_files(folder, config)
+        dequantize_on_load(config)
+        with bounded_modules(refs, folder):
+            meta = skeleton(cls, config)
+        if manifest is not None:
+            own = getattr(torch, manifest.dtype) if dtype == "auto" else resolve_dtype(dtype, config, folder)
+            _check_dtype(folder, config, manifest)
+            layout = packed_layout(meta, manifest, refs, own)
+            check_packed_model(meta, manifest, refs)
+        else:
+            layout = _layout(folder, raw, meta, refs, resolve_dtype(dtype, config, folder))
+        check_values(meta, _expert_names(meta), refs, folder)
+    _check_top_k(layout, folder, config)
+    assert layout.top_k is not None
+    notes = tuple(_notes(layout, refs, cls, config))
+    return OpenCheckpoint(folder, config, cls, layout, refs, layout.top_k * len(layout.moe_layers), manifest, notes)
 
 
 def _check_dtype(folder: Path, config: Any, manifest: Manifest) -> None:
-    stated = stated_dtype(config)
+    stated = stated_dtype(config, folder / CONFIG_NAME)
     if stated is not None and str(stated).removeprefix("torch.") != manifest.dtype:
         raise PackMismatchError(
             message(
@@ -148,46 +166,121 @@ def _check_dtype(folder: Path, config: Any, manifest: Manifest) -> None:
         )
 
 
-def _refuse_unserved(folder: Path, raw: dict[str, Any]) -> None:
+def _refuse_quantised(folder: Path, raw: Mapping[str, Any]) -> None:
     for part in (raw, raw.get("text_config")):
-        if isinstance(part, dict) and part.get("quantization_config"):
-            check_quantization(part["quantization_config"], folder)
-    from transformers import CONFIG_MAPPING
+        given = part.get("quantization_config") if isinstance(part, dict) else None
+        if not given:
+            continue
+        if is_served(given):
+            check_block_size(given, folder)
+            continue
+        try:
+            keys: Iterable[str] = read_headers(folder)
+        except CheckpointError:
+            keys = ()  # the method alone is reason enough
+        named = foreign(folder, {"quantization_config": given, **raw}, keys)
+        assert named is not None
+        raise named
 
-    model_type = raw.get("model_type")
-    for point in entry_points(group="swapless.models", name=str(model_type)):
-        point.load()()  # a family from outside transformers registers itself with the Auto classes
-    if model_type in CONFIG_MAPPING:
-        return
-    if raw.get("auto_map"):
+
+def _layout(
+    folder: Path, raw: Mapping[str, Any], meta: PreTrainedModel, refs: dict[str, TensorRef], own: torch.dtype
+) -> Layout:
+    """The layout, or the name of the tool in whose form the checkpoint is, where that is why there is none."""
+    try:
+        layout = checkpoint_layout(meta, refs, own)
+    except CheckpointCorruptError as error:
+        named = foreign(folder, {key: value for key, value in raw.items() if not is_served(value)}, refs)
+        if named is not None:
+            raise named from error
+        raise
+    named = foreign(Path(), {}, layout.unused_keys)
+    if named is not None:
+        raise named
+    return layout
+
+
+def _further_files(folder: Path, config: Any) -> dict[str, TensorRef]:
+    """Tensors of the files that the family keeps beside its weights."""
+    found: dict[str, TensorRef] = {}
+    for name in getattr(type(config), "extra_files", ()):
+        if (folder / name).is_file():
+            found |= read_header(folder / name)
+    return found
+
+
+def _expert_names(meta: PreTrainedModel) -> frozenset[str]:
+    return frozenset(f"{path}.{name}" for path, module in experts_of(meta) for name in expert_parameters(module))
+
+
+def _check_top_k(layout: Layout, folder: Path, config: Any) -> None:
+    experts = min(layer.num_experts for layer in layout.moe_layers)
+    if layout.top_k is None:
         raise UnsupportedFamilyError(
+            message("The configuration does not say how many experts a token uses.", where=folder, got=config.model_type)
+        )
+    if layout.top_k > experts:
+        raise CheckpointCorruptError(
             message(
-                f"The checkpoint brings its own code for {model_type!r}, and remote code is not run.",
-                where=folder,
-                step="Swapless serves the families that transformers itself ships; a newer transformers may have this one.",
+                "A token would use more experts than a MoE layer has.",
+                where=folder / CONFIG_NAME,
+                got=f"{layout.top_k} of {experts}",
+                allowed=f"1 to {experts}",
             )
         )
-    raise UnsupportedFamilyError(
-        message("The installed transformers does not know this model type.", where=folder, got=repr(model_type))
-    )
 
 
-def resolve_dtype(dtype: str | torch.dtype, config: Any, refs: dict[str, TensorRef]) -> torch.dtype:
-    """The type to compute in: as asked, or the configuration's, or that of the checkpoint's first floating tensor."""
+def _notes(layout: Layout, refs: Mapping[str, TensorRef], cls: Any, config: Any) -> Iterator[str]:
+    """What of the files is left out, as transformers leaves it out, where it does not foresee that itself."""
+    foreseen = [re.compile(pattern) for pattern in getattr(cls, "_keys_to_ignore_on_load_unexpected", None) or ()]
+    unused = [key for key in layout.unused_keys if not any(pattern.search(key) for pattern in foreseen)]
+    if not unused:
+        return
+    layers = getattr(config.get_text_config(), "num_hidden_layers", None)
+    beyond = sorted({int(found[1]) for key in unused if (found := _LAYER.search(key))} - set(range(layers or 0)))
+    nbytes = sum(refs[key].nbytes for key in unused)
+    text = f"{len(unused)} tensors ({format_size(nbytes)}) are not part of the model and left out, as transformers does: "
+    text += f"{shown(unused[0])[1:-1]}" + (" and others." if len(unused) > 1 else ".")
+    if beyond and isinstance(layers, int):
+        text += f" The files hold layers up to {beyond[-1]}, and the configuration has {layers} (0 to {layers - 1})."
+    yield text
+
+
+_LAYER = re.compile(r"\b(?:layers|blocks|h)\.(\d+)\.")
+
+
+def resolve_dtype(dtype: str | torch.dtype, config: Any, folder: Path) -> torch.dtype:
+    """The type to compute in: as asked, or what transformers takes.
+
+    That is the configuration's; or that in the index' metadata; or of the first shard, in the order of its keys, that of the
+    first floating tensor of 16 bits or more.
+
+    Raises
+    ------
+    UsageError
+        No type that was asked for.
+    CheckpointCorruptError
+        The checkpoint's is none that a model is computed in.
+    """
     if isinstance(dtype, torch.dtype):
         return dtype
     if dtype != "auto":
         named = getattr(torch, dtype, None)
-        if not isinstance(named, torch.dtype) or not named.is_floating_point:
+        if not isinstance(named, torch.dtype) or not computable(named):
             raise UsageError(message("Unknown dtype.", got=repr(dtype), allowed="auto, bfloat16, float16, float32"))
         return named
-    return stated_dtype(config) or next((_FLOATS[ref.dtype] for ref in refs.values() if ref.dtype in _FLOATS), torch.float32)
-
-
-def stated_dtype(config: Any) -> torch.dtype | None:
-    """The type that the configuration itself names, if it does."""
-    stated = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
-    return stated if isinstance(stated, torch.dtype) else None
+    stated = stated_dtype(config, folder / CONFIG_NAME)
+    if stated is not None:
+        return stated
+    shard, metadata = first_shard(folder)
+    named = getattr(torch, str(metadata["dtype"]), None) if "dtype" in metadata else None
+    refs = sorted(read_header(shard).values())
+    found = named or next((_FLOATS[ref.dtype] for ref in refs if ref.dtype in _FLOATS), None)
+    if not isinstance(found, torch.dtype) or not computable(found):
+        raise CheckpointCorruptError(
+            message("The checkpoint does not say what type to compute in.", where=shard, step='Add "dtype" to config.json.')
+        )
+    return found
 
 
 def describe(folder: str | Path) -> CheckpointInfo:
@@ -198,7 +291,7 @@ def describe(folder: str | Path) -> CheckpointInfo:
     CheckpointError, UnsupportedFamilyError
         See :func:`open_checkpoint`.
     """
-    opened = open_checkpoint(Path(folder))
+    opened = open_checkpoint(local_folder(Path(folder)))
     layers = opened.layout.moe_layers
     expert_bytes = max(layer.expert_bytes for layer in layers)
     form = "per-expert" if opened.layout.per_expert else "fused"
@@ -219,4 +312,5 @@ def describe(folder: str | Path) -> CheckpointInfo:
         non_expert_bytes=opened.layout.non_expert_bytes,
         token_cycle_bytes=opened.experts_a_token * expert_bytes,
         smallest_budget_bytes=BASE_BYTES + opened.layout.non_expert_bytes + 5 * slot_bytes(layers),
+        notes=opened.notes,
     )

@@ -6,10 +6,10 @@ import gc
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, final
+from typing import final
 
 import numpy as np
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from swapless.errors import CheckpointError, PredictorMismatchError, UsageError, message
 from swapless.notation import NO_EXPERT
@@ -17,6 +17,7 @@ from swapless.predict.saved import load_predictor, read_header
 from swapless.predict.token_stream import TokenStream, open_stream
 from swapless.predict.vocabulary import Vocabulary
 from swapless.runtime.ahead import Lookahead
+from swapless.runtime.door import tokenizer_of
 from swapless.runtime.lookahead import GateLookahead
 from swapless.runtime.open import OpenCheckpoint
 from swapless.runtime.parts import AUTO_PREFETCH, gate_leads
@@ -143,13 +144,11 @@ class _Saved(Prefetch):
         """Text of every token id as the predictor's trace had it: as the tokenizer keeps it, or as it decodes it."""
         folder = self._opened.folder
         try:
-            tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-            if not tokenizer("a", add_special_tokens=False)["input_ids"]:
-                raise ValueError("one without a vocabulary")  # what transformers makes of a folder without files of one
-        except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+            tokenizer = tokenizer_of(folder)
+        except CheckpointError as error:
             what = "The predictor reads token texts, and the tokenizer of this checkpoint cannot be read."
             step = "Put the tokenizer's files beside config.json, or train a predictor on a trace with token ids."
-            raise CheckpointError(message(what, where=folder, got=str(error).splitlines()[0], step=step)) from error
+            raise CheckpointError(message(what, where=folder, got=error, step=step)) from error
         words, share = set(vocabulary.words), 0.0
         for form in (tokenizer.convert_ids_to_tokens, lambda ids: [tokenizer.decode([number]) for number in ids]):
             texts = [text or "" for text in form(list(range(len(tokenizer))))]

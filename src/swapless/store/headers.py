@@ -26,11 +26,12 @@ __all__ = [
     "SINGLE_NAME",
     "TensorRef",
     "find_shards",
+    "first_shard",
     "local_folder",
+    "names_of_shards",
     "read_config",
     "read_header",
     "read_headers",
-    "shards_of_index",
 ]
 
 CONFIG_NAME = "config.json"
@@ -146,7 +147,7 @@ def _find(folder: Path) -> tuple[list[Path], dict[str, str]]:
     index = folder / INDEX_NAME
     if index.exists():
         weight_map = _weight_map(index)
-        shards = shards_of_index(weight_map, index)
+        shards = _names(weight_map, index)
         for name in shards:
             if not (folder / name).is_file():
                 raise CheckpointMissingError(_missing(name, weight_map, index))
@@ -154,22 +155,17 @@ def _find(folder: Path) -> tuple[list[Path], dict[str, str]]:
     raise _no_weights(folder, names)
 
 
-def shards_of_index(weight_map: dict[str, str], index: object) -> list[str]:
-    """Names of the shards in an index, sorted.
+def names_of_shards(index: Path) -> list[str]:
+    """Names of the shards in an index, sorted; they need not be there.
 
     Raises
     ------
+    CheckpointMissingError
+        The index cannot be read.
     CheckpointCorruptError
-        A name that leads out of the index' folder.
+        It is malformed, or a name leads out of its folder.
     """
-    names = sorted(set(weight_map.values()))
-    for name in names:
-        path = PurePosixPath(name)
-        if not name.endswith(".safetensors") or path.is_absolute() or ".." in path.parts or "\0" in name or "\\" in name:
-            raise CheckpointCorruptError(
-                message("The index names a shard outside its folder, or none.", where=index, got=shown(name))
-            )
-    return names
+    return _names(_weight_map(index), index)
 
 
 def read_headers(folder: Path) -> dict[str, TensorRef]:
@@ -193,11 +189,31 @@ def read_headers(folder: Path) -> dict[str, TensorRef]:
     return refs
 
 
+def first_shard(folder: Path) -> tuple[Path, dict[str, Any]]:
+    """The shard that transformers looks at first, and the index' metadata, empty without an index; raises as `find_shards`."""
+    shards, weight_map = _find(folder)
+    if not weight_map:
+        return shards[0], {}
+    metadata = _read(folder / INDEX_NAME, MAX_INDEX_BYTES).raw("metadata", None)
+    return shards[0], metadata if isinstance(metadata, dict) else {}
+
+
 def _weight_map(index: Path) -> dict[str, str]:
     weight_map = _read(index, MAX_INDEX_BYTES).raw("weight_map", None)
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(name, str) for name in weight_map.values()):
         raise CheckpointCorruptError(message("The index has no weight_map.", where=index, step="Download the index again."))
     return weight_map
+
+
+def _names(weight_map: dict[str, str], index: Path) -> list[str]:
+    names = sorted(set(weight_map.values()))
+    for name in names:
+        path = PurePosixPath(name)
+        if not name.endswith(".safetensors") or path.is_absolute() or ".." in path.parts or "\0" in name or "\\" in name:
+            raise CheckpointCorruptError(
+                message("The index names a shard outside its folder, or none.", where=index, got=shown(name))
+            )
+    return names
 
 
 def _read(path: Path, max_bytes: int, *, special_floats: bool = False) -> Table:

@@ -11,10 +11,14 @@ from __future__ import annotations
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, use_experts_implementation
 
 from swapless.runtime.door.attention import group_heads
-from swapless.runtime.door.dequantize import check_quantization, dequantize_on_load
+from swapless.runtime.door.config import computable, model_config, own_config, refuse_unknown, stated_dtype
+from swapless.runtime.door.dequantize import check_block_size, dequantize_on_load, is_served
+from swapless.runtime.door.foreign import foreign_errors
 from swapless.runtime.door.gates import common_gate
+from swapless.runtime.door.generation import generation_config
 from swapless.runtime.door.layout import ExpertParameter, Layout, MoeLayer
-from swapless.runtime.door.match import checkpoint_layout, is_experts
+from swapless.runtime.door.made_by import foreign
+from swapless.runtime.door.match import checkpoint_layout, expert_parameters, is_experts
 from swapless.runtime.door.model import (
     IMPLEMENTATION,
     experts_of,
@@ -26,6 +30,8 @@ from swapless.runtime.door.model import (
 from swapless.runtime.door.origin import DTYPES
 from swapless.runtime.door.packed import check_packed_model, expert_pieces, packed_layout
 from swapless.runtime.door.reference import Reference
+from swapless.runtime.door.sizes import bounded_modules, check_values
+from swapless.runtime.door.tokenizer import text_ids, tokenizer_of
 
 __all__ = [
     "ALL_EXPERTS_FUNCTIONS",
@@ -35,19 +41,33 @@ __all__ = [
     "Layout",
     "MoeLayer",
     "Reference",
+    "bounded_modules",
+    "check_block_size",
     "check_packed_model",
-    "check_quantization",
+    "check_values",
     "checkpoint_layout",
     "common_gate",
+    "computable",
     "dequantize_on_load",
+    "expert_parameters",
     "expert_pieces",
     "experts_of",
+    "foreign",
+    "foreign_errors",
+    "generation_config",
     "group_heads",
     "is_experts",
+    "is_served",
     "load_non_experts",
     "model_class",
+    "model_config",
+    "own_config",
     "packed_layout",
+    "refuse_unknown",
     "skeleton",
+    "stated_dtype",
     "strip_experts",
+    "text_ids",
+    "tokenizer_of",
     "use_experts_implementation",
 ]

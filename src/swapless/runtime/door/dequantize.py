@@ -13,7 +13,7 @@ from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.integrations.mxfp4 import Mxfp4Dequantize
 from transformers.quantizers.auto import AutoHfQuantizer
 
-from swapless.errors import CheckpointCorruptError, UnsupportedCheckpointError, message
+from swapless.errors import CheckpointCorruptError, message
 from swapless.runtime.door.fp8 import FLOAT8, FP8, wrong_scales
 from swapless.store.headers import TensorRef
 from swapless.untrusted import shown
@@ -25,26 +25,20 @@ METHODS = {"mxfp4": "mxfp4", "fp8": FP8}
 """Quantisation methods that are served, each with the name of the quantiser that makes weights of it."""
 
 
-def check_quantization(quantization: Any, where: object) -> None:
-    """Refuse a checkpoint's ``quantization_config`` that cannot be undone an expert at a time.
+def is_served(quantization: Any) -> bool:
+    """Whether a ``quantization_config`` is of a method that is undone an expert at a time."""
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+    return isinstance(method, str) and method in METHODS
+
+
+def check_block_size(quantization: Mapping[str, Any], where: object) -> None:
+    """Refuse a block size in a ``quantization_config`` that cannot be.
 
     Raises
     ------
-    UnsupportedCheckpointError
-        Another method.
     CheckpointCorruptError
-        A block size that cannot be.
+        It is not two whole numbers from 1.
     """
-    method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
-    if not isinstance(method, str) or method not in METHODS:
-        raise UnsupportedCheckpointError(
-            message(
-                f"The checkpoint is quantised with {shown(method)}, which is not served.",
-                where=where,
-                allowed=f"safetensors of bf16, f16 and f32, or quantised with {' or '.join(METHODS)}",
-                step="Take an unquantised revision of the model.",
-            )
-        )
     block = quantization.get("weight_block_size")
     if block is not None and not (
         isinstance(block, list) and len(block) == 2 and all(type(size) is int and size > 0 for size in block)

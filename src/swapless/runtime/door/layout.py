@@ -70,7 +70,8 @@ class MoeLayer:
 class Layout:
     """A checkpoint as the model sees it: its MoE layers, the keys of their experts, and the bytes of all else.
 
-    ``linear_keys`` are those other keys that are weights of linear layers just as they are, with the layer's path.
+    ``linear_keys`` are those other keys that are weights of linear layers just as they are, with the layer's path;
+    ``unused_keys`` those that the model has no place for.
     """
 
     moe_layers: tuple[MoeLayer, ...]
@@ -80,3 +81,4 @@ class Layout:
     linear_keys: Mapping[str, str]
     non_expert_bytes: int
     per_expert: bool
+    unused_keys: tuple[str, ...] = ()

@@ -10,18 +10,10 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    Concatenate,
-    Interleave,
-    MergeModulelist,
-    Transpose,
-    WeightConverter,
-    WeightRenaming,
-    dot_natural_key,
-    rename_source_key,
-)
+from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
-from swapless.errors import CheckpointCorruptError, UnsupportedFamilyError, message
+from swapless.errors import UnsupportedCheckpointError, message
+from swapless.runtime.door.checks import checked_origin
 from swapless.runtime.door.dequantize import DEQUANTIZE, check_scales, dequantizer
 from swapless.runtime.door.layout import ExpertParameter, Layout, MoeLayer, aligned
 from swapless.runtime.door.origin import ALL_DTYPES, DTYPES, CheckpointOrigin
@@ -29,8 +21,6 @@ from swapless.runtime.families import unsupported_family
 from swapless.store.headers import TensorRef
 from swapless.store.matrix import ROW_BLOCK
 
-_SLICEABLE = (MergeModulelist, Concatenate, Transpose, Interleave, *DEQUANTIZE)
-_AGAIN = "Download the checkpoint again."
 _TOP_K_NAMES = ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts", "num_experts_per_token", "moe_top_k")
 
 
@@ -81,6 +71,7 @@ def checkpoint_layout(meta: PreTrainedModel, refs: Mapping[str, TensorRef], dtyp
     stored: dict[str, dict[str | None, list[TensorRef]]] = {}
     expert_keys = set()
     linear_keys = {}
+    unused = []
     routed = {int(module.num_experts) for module in modules.values()}
     non_expert_bytes = 0
     for key in sorted(refs, key=dot_natural_key):
@@ -94,11 +85,15 @@ def checkpoint_layout(meta: PreTrainedModel, refs: Mapping[str, TensorRef], dtyp
             expert_keys.add(key)
         elif target in names:
             ref = refs[key]
+            if ref.dtype not in ALL_DTYPES:
+                raise _not_computable(ref)
             stored.setdefault(target, {}).setdefault(pattern, []).append(ref)
             path = target.removesuffix(".weight")
             if _kept_as_it_is(by_pattern.get(pattern or "")) and path != target and _is_linear(meta, path, ref, routed):
                 linear_keys[key] = path
             non_expert_bytes += int(np.prod(ref.shape)) * dtype.itemsize
+        else:
+            unused.append(key)
     for weights in (*stored.values(), *(origin.refs for origin in origins.values())):
         check_scales(quantizer, weights)
     layers = tuple(_moe_layer(path, module, origins, dtype) for path, module in modules.items())
@@ -110,6 +105,7 @@ def checkpoint_layout(meta: PreTrainedModel, refs: Mapping[str, TensorRef], dtyp
         linear_keys=linear_keys,
         non_expert_bytes=non_expert_bytes,
         per_expert=any(origin.merges() for origin in origins.values()),
+        unused_keys=tuple(unused),
     )
 
 
@@ -159,8 +155,7 @@ def _moe_layer(path: str, module: Any, origins: Mapping[str, CheckpointOrigin], 
     for name, stacked in expert_parameters(module).items():
         origin = origins.get(f"{path}.{name}")
         parameter = ExpertParameter(name=name, shape=tuple(stacked.shape[1:]), dtype=dtype, slot_offset=offset)
-        _check_origin(origin, f"{path}.{name}", parameter, int(module.num_experts))
-        assert origin is not None
+        origin = checked_origin(origin, f"{path}.{name}", parameter, int(module.num_experts))
         mine[name] = origin
         parameters.append(parameter)
         offset = aligned(offset + parameter.nbytes)
@@ -173,70 +168,11 @@ def _moe_layer(path: str, module: Any, origins: Mapping[str, CheckpointOrigin], 
     )
 
 
-def _check_origin(origin: CheckpointOrigin | None, full_name: str, parameter: ExpertParameter, num_experts: int) -> None:
-    if origin is None:
-        raise CheckpointCorruptError(
-            message("The checkpoint holds no weights for an expert parameter.", where=full_name, step=_AGAIN)
-        )
-    converter = origin.converter
-    for op in converter.operations if converter is not None else ():
-        if not isinstance(op, _SLICEABLE):
-            raise UnsupportedFamilyError(
-                message(
-                    "The experts of this family cannot be cut out of the checkpoint one by one.",
-                    where=full_name,
-                    got=f"the conversion {type(op).__name__}",
-                    allowed=", ".join(kind.__name__ for kind in _SLICEABLE),
-                )
-            )
-    merges = origin.merges()
-    bare = origin.without_scales()
-    if bare is not None:
-        raise CheckpointCorruptError(
-            message("Quantised expert weights have no scales beside them.", where=bare.key, got=bare.dtype, step=_AGAIN)
-        )
-    for pattern, refs in origin.refs.items():
-        count = len(refs) if merges else refs[0].shape[0] if refs[0].shape else 0
-        if count != num_experts or (not merges and len(refs) != 1):
-            raise CheckpointCorruptError(
-                message(
-                    "The checkpoint does not hold every expert exactly once.",
-                    where=f"{full_name} from {pattern or 'one fused tensor'}",
-                    got=f"{count} experts",
-                    allowed=f"{num_experts} experts",
-                )
-            )
-        for ref in refs:
-            allowed = ALL_DTYPES if origin.dequantizes() else DTYPES
-            if ref.dtype not in allowed:
-                raise CheckpointCorruptError(
-                    message(
-                        "Expert weights of a type that cannot be computed with.",
-                        where=full_name,
-                        got=ref.dtype,
-                        allowed=", ".join(allowed),
-                    )
-                )
-        odd = next((ref for ref in refs if ref.shape != refs[0].shape), None)
-        if odd is not None:
-            raise CheckpointCorruptError(
-                message(
-                    "Experts of one kind have different shapes.",
-                    where=f"{odd.key} in {odd.file}",
-                    got=list(odd.shape),
-                    allowed=f"{list(refs[0].shape)}, as {refs[0].key}",
-                )
-            )
-    shape = origin.shape()
-    if shape != parameter.shape:
-        raise CheckpointCorruptError(
-            message(
-                "An expert's weights have the wrong shape for this model.",
-                where=full_name,
-                got=" and ".join(str(list(refs[0].shape)) for refs in origin.refs.values()) + " in the checkpoint",
-                allowed=f"what makes {list(parameter.shape)}",
-            )
-        )
+def _not_computable(ref: TensorRef) -> UnsupportedCheckpointError:
+    where, allowed = f"{ref.key} in {ref.file}", ", ".join(ALL_DTYPES)
+    return UnsupportedCheckpointError(
+        message("A weight is of a type without arithmetic.", where=where, got=ref.dtype, allowed=allowed)
+    )
 
 
 def top_k(config: Any) -> int | None:
