@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 SECONDS = 20.0
 EXTRA_BYTES = 1 << 30
 
-_PRELOADED = ("torch", "transformers", "pyarrow.parquet", "swapless.runtime", "swapless.trace", "tests.fuzz.warm")
+_PRELOADED = "tests.fuzz.warm"
 
 
 class Mutation(NamedTuple):
@@ -274,7 +274,7 @@ def bounded(
         What counts as an error of our own; by default the whole tree of :mod:`swapless.errors`.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([*_PRELOADED, __name__])
+    context.set_forkserver_preload([_PRELOADED, __name__])
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_child, args=(sender, function, arguments, extra_bytes, typed), daemon=True)
     began = time.monotonic()
