@@ -30,7 +30,8 @@ def foreign_errors(
 
 
 def words_of(fault: BaseException, most: int = 240) -> str:
-    """An error's type and words on one line, without control characters and cut where they are long."""
+    """An error's words and type on one line, without control characters and cut where they are long."""
     words = " ".join(str(fault).split())
     words = "".join(letter if letter.isprintable() else shown(letter)[1:-1] for letter in words)
-    return f"{type(fault).__name__}: {words[:most]}".rstrip(".: ")
+    words = words[:most].rstrip(".: ")
+    return f"{words} ({type(fault).__name__})" if words else type(fault).__name__
