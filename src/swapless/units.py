@@ -15,6 +15,7 @@ _FACTORS = {"B": 1} | {
     for power, letter in enumerate("KMGT", start=1)
     for suffix, base in (("B", 1000), ("iB", 1024))
 }
+_MOST_BYTES = 2**63
 _SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*")
 
 
@@ -56,9 +57,13 @@ def parse_size(text: str | int) -> int:
                     step="Write 8GiB for 8 * 2**30 bytes or 8GB for 8 * 10**9.",
                 )
             )
-        size = int(float(match[1]) * _FACTORS[match[2]])
+        number = float(match[1]) * _FACTORS[match[2]]
+        size = int(number) if number < _MOST_BYTES else _MOST_BYTES
     if size < 1:
         raise UnitError(message("A size must be at least one byte.", got=repr(text)))
+    if size >= _MOST_BYTES:
+        got = repr(text) if len(str(text)) < 40 else f"{str(text)[:20]}..."
+        raise UnitError(message("No machine has so much memory.", got=got, allowed="below 8 * 2**60 bytes"))
     return size
 
 
@@ -98,6 +103,19 @@ def format_size(size_bytes: float) -> str:
             return f"{value:.0f} B" if unit == "B" else f"{value:.2f} {unit}"
         value /= 1024
     return f"{value:.2f} TiB"
+
+
+def format_rate(value: float) -> str:
+    """A speed in three digits: more than that no two runs share.
+
+    Examples
+    --------
+    >>> format_rate(352.704), format_rate(12.345), format_rate(0.2871), format_rate(12345.6)
+    ('353', '12.3', '0.287', '12346')
+    """
+    rounded = abs(float(f"{value:.3g}"))
+    digits = 0 if rounded >= 100 or not rounded else 1 if rounded >= 10 else 2 if rounded >= 1 else 3
+    return f"{value:.{digits}f}"
 
 
 def exact_size(size_bytes: int) -> str:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from swapless.cli import _options as options
+from swapless.cli import early
 from swapless.cli.out import Out
 from swapless.units import format_size
 
@@ -28,6 +29,7 @@ def doctor(
     busy machine are shown and not kept.
     """
     out = Out(as_json=as_json, quiet=quiet)
+    threads = early.threads(threads, out)
     with out.progress() as progress:
         progress("Starting", 0.0)
         from swapless.folders import cache_folder

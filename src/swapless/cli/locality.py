@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from swapless.cli import early
 from swapless.cli._options import Force, Html, Json, Quiet, exclusive, output
 from swapless.cli._trace_options import Documents, Domain, ModelId, PhaseName, number_list, opened_trace
 from swapless.cli.out import Out
@@ -37,6 +38,8 @@ def locality(
     ratios = number_list(cache_ratios, what="--cache-ratios", whole=False)
     out = Out(as_json=json, quiet=quiet)
     output("--html", html, force=force, inputs=traces)
+    for path in traces:
+        early.trace(path)
 
     from swapless.cli._survey import json_lines, survey
 

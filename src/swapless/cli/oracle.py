@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from swapless.atomic import check_output_folder
+from swapless.cli import early
 from swapless.cli._options import Force, Json, Quiet, Threads, exclusive, input_file, output, set_threads
 from swapless.cli.out import Out
 
@@ -47,7 +48,7 @@ def train(
 
     chosen = Recipe(**values)
     chosen.config()
-    set_threads(threads)
+    set_threads(early.threads(threads, out))
     with out.progress() as progress:
         progress("reading the corpus", 0.0)
         loaded, streams = _data(corpus, tokenizer, run.parent, held_out=False)
@@ -99,7 +100,7 @@ def fit(
                 step="Train first.",
             )
         )
-    set_threads(threads)
+    set_threads(early.threads(threads, sink))
     with sink.progress() as progress:
         progress("reading the corpus", 0.0)
         tokenizer, streams = _data(corpus, str(checkpoint), out.parent, held_out=False)
@@ -160,7 +161,7 @@ def compare(
     output("--html", html, force=force, inputs=(corpus, *results_of_runs))
     from swapless.oracle.compare import measure_run, read_result, recovered, rows_of
 
-    set_threads(threads)
+    set_threads(early.threads(threads, out))
     results = []
     with out.progress() as progress:
         for number, run in enumerate(runs):

@@ -9,9 +9,10 @@ import typer
 
 from swapless.atomic import check_output_folder
 from swapless.cli import _options as options
+from swapless.cli import early
 from swapless.cli.out import Out
 from swapless.cli.perplexity import Text, measure, read_text
-from swapless.errors import UsageError
+from swapless.errors import UsageError, message
 from swapless.units import format_size
 
 if TYPE_CHECKING:
@@ -40,8 +41,13 @@ def pack(
     if tokens is not None and text is None:
         raise UsageError("--tokens says how much of --text is scored. Give --text too.")
     given = None if text is None else read_text(text)
+    early.checkpoint(checkpoint)
+    from swapless.store.matrix import check_precision
     from swapless.store.packed import JOURNAL, MANIFEST
 
+    check_precision(bits, group)
+    if dense_bits not in (16, 8, 4):
+        raise UsageError(message("No packed store has such dense bits.", got=dense_bits, allowed="16, 8, 4"))
     check_output_folder(out_path, inputs=(checkpoint, text), ours=(MANIFEST, JOURNAL))
     out = Out(as_json=as_json, quiet=quiet)
     with out.progress() as progress:

@@ -9,6 +9,7 @@ from typing import Annotated, Any, NamedTuple
 import typer
 
 from swapless.cli import _options as options
+from swapless.cli import early
 from swapless.cli.out import Out, ProgressCall
 from swapless.cli.session import open_model, open_tokenizer, rate, share, size
 from swapless.errors import UsageError, message
@@ -41,6 +42,7 @@ def perplexity(
     """
     options.exclusive(memory=memory, resident=resident)
     given = read_text(text)
+    early.checkpoint(checkpoint)
     out = Out(as_json=as_json, quiet=quiet)
     budget = {"memory": memory, "resident": resident} if memory or resident else {"memory": "auto"}
     figures = measure(checkpoint, given, tokens, out, context=context, threads=threads, check=check, **budget)

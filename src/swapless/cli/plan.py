@@ -10,9 +10,10 @@ import typer
 
 from swapless.cache import DEFAULT_POLICY
 from swapless.cli import _options as options
+from swapless.cli import early
 from swapless.cli.out import Out
 from swapless.plan.speed import GATE_RECALL
-from swapless.units import format_size
+from swapless.units import format_rate, format_size
 
 if TYPE_CHECKING:
     from swapless.plan.planner import Plan, SetUp
@@ -47,7 +48,11 @@ def plan(
 
     Of a model on the hub only configuration and headers are fetched.
     """
+    early.checkpoint(checkpoint)
+    if trace is not None:
+        early.trace(trace)
     out = Out(as_json=as_json, quiet=quiet)
+    threads = early.threads(threads, out)
     with out.progress() as progress, TemporaryDirectory(prefix="swapless-") as folder:
         progress("Starting", 0.0)
         import transformers
@@ -118,8 +123,8 @@ def _row(row: SetUp, num_moe_layers: int) -> list[str]:
         f"{row.budget.resident_share:.0%}",
         "-" if row.hit_rate is None else f"{row.hit_rate:.1%}",
         format_size(row.speed.bytes_a_token),
-        f"{row.speed.tokens_per_s:.2f}",
-        f"{row.speed.most_tokens_per_s:.2f}",
+        format_rate(row.speed.tokens_per_s),
+        format_rate(row.speed.most_tokens_per_s),
         *last,
     ]
 
@@ -143,7 +148,7 @@ def _recommend(found: Plan, out: Out) -> None:
 
 
 def _line(name: str, row: SetUp, out: Out) -> None:
-    speed = f"{row.speed.tokens_per_s:.2f} tok/s" if row.speed else "unknown speed"
+    speed = f"{format_rate(row.speed.tokens_per_s)} tok/s" if row.speed else "unknown speed"
     bits = f"experts of {row.bits} bits, all else of {row.dense_bits}"
     cost = {"same": "the same output", "not measured": "its cost in quality not measured"}
     perplexity = _perplexity(row)

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from swapless.cli import early
 from swapless.cli._options import Force, Html, Json, OutPath, Quiet, Threads, exclusive, output, set_threads
 from swapless.cli._trace_options import Documents, Domain, ModelId, PhaseName, chosen_trace, number_list
 from swapless.cli.out import Out
@@ -49,6 +50,8 @@ def train(
     given = {"epochs": epochs, "minutes": minutes, "checkpoint": checkpoint, "seed": seed}
     options = {name: value for name, value in given.items() if value is not None} | _options(option or [])
     predictor = make_predictor(kind, **options)
+    early.trace(trace)
+    threads = early.threads(threads, sink)
     begun = time.monotonic()
     with sink.progress() as progress:
         progress("reading", 0.0)
@@ -101,6 +104,8 @@ def evaluate(
     exclusive(json=json, html=html)
     out = Out(as_json=json, quiet=quiet)
     output("--html", html, force=force, inputs=(predictor, trace))
+    early.trace(trace)
+    threads = early.threads(threads, out)
     fitted = load_predictor(predictor)
     leads = list(dict.fromkeys(parse_lead(part, fitted.fitted_.num_moe_layers) for part in lead.split(",")))
     wide = None if widths is None else [int(width) for width in number_list(widths, what="--widths", whole=True)]

@@ -83,7 +83,8 @@ def _bar() -> Iterator[ProgressCall]:
         TextColumn("{task.fields[left]}"),
     )
     console = Console(stderr=True, highlight=False, soft_wrap=True)
-    with Progress(*columns, console=console, transient=True) as bar:
+    # stdout is not for the bar to take over: what is printed there is the result
+    with Progress(*columns, console=console, transient=True, redirect_stdout=False, redirect_stderr=False) as bar:
         task = bar.add_task("", total=1.0, left="")
         left = TimeLeft(time.monotonic())
 

@@ -11,6 +11,7 @@ import typer
 
 from swapless.cache import DEFAULT_POLICY
 from swapless.cli import _options as options
+from swapless.cli import early
 from swapless.cli.out import Out
 from swapless.cli.session import open_model, open_tokenizer
 from swapless.errors import UsageError, message
@@ -61,6 +62,7 @@ def record(
     for name, path in given.items():
         options.input_file(name, path)
     options.output("--out", out_path, force=force, inputs=(checkpoint, *given.values()))
+    early.checkpoint(checkpoint)
     out = Out(as_json=as_json, quiet=quiet)
     total = min(_count(text, corpus, prompts), documents or sys.maxsize)
     budget = {"memory": memory, "resident": resident} if memory or resident else {"memory": "auto"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,9 +11,10 @@ import typer
 
 from swapless.cache import DEFAULT_POLICY
 from swapless.cli import _options as options
+from swapless.cli import early
 from swapless.cli.out import Out
 from swapless.cli.session import Sampling, generate, measured, open_model, open_tokenizer, prompt_ids, summarise
-from swapless.errors import UsageError
+from swapless.errors import UsageError, message
 
 __all__ = ["read_prompt", "run"]
 
@@ -52,6 +54,10 @@ def run(
     if prompt is None and as_json:
         raise UsageError("--json prints one document for one prompt. Give --prompt with it.")
     options.output("--record", record, force=force, inputs=(checkpoint, prefetch))
+    if not math.isfinite(temperature):
+        raise UsageError(message("--temperature must be a finite number.", got=temperature))
+    early.checkpoint(checkpoint)
+    early.prefetch(prefetch)
     text = None if prompt is None else read_prompt(prompt)
     sampling = Sampling(
         max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, stop=tuple(filter(None, stop or ())), seed=seed

@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from swapless.cli import early
 from swapless.cli._options import set_threads
 from swapless.cli.out import Out
 from swapless.cli.response import response_format
 from swapless.cli.stream import TextStream
 from swapless.errors import CheckpointError, SwaplessError, UsageError, message
-from swapless.units import format_size
+from swapless.units import format_rate, format_size
 
 __all__ = ["Reply", "Sampling", "generate", "measured", "open_model", "open_tokenizer", "prompt_ids", "summarise"]
 
@@ -79,6 +80,8 @@ def _template_beside(folder: Path) -> str | None:
 @contextmanager
 def open_model(checkpoint: str, out: Out, *, threads: int | None = None, **options: Any) -> Iterator[Any]:
     """The model of ``swapless.load(checkpoint, **options)``, its loading shown, closed at the end whatever happens."""
+    early.memory(options.get("memory"), out)
+    threads = early.threads(threads, out)
     with out.progress() as progress:
         progress("Starting", 0.0)
         import transformers
@@ -90,8 +93,10 @@ def open_model(checkpoint: str, out: Out, *, threads: int | None = None, **optio
         set_threads(threads)
         model: Any = swapless.load(checkpoint, progress=progress, **options)
     try:
-        for warning in model.swapless.budget.warnings:
+        budget = model.swapless.budget
+        for warning in budget.warnings:
             out.note(f"Note: {warning}")
+        early.share(options.get("resident"), budget.slots / budget.num_experts_total, f"{budget.slots} experts", out)
         yield model
     finally:
         model.swapless.close()
@@ -303,7 +308,7 @@ def ahead_line(figures: dict[str, Any]) -> list[tuple[str, str]]:
 
 def rate(value: float | None) -> str:
     """Tokens a second, or a dash where there were too few."""
-    return "-" if value is None else f"{value:.1f}"
+    return "-" if value is None else format_rate(value)
 
 
 def seconds(value: float | None) -> str:

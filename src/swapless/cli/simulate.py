@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from swapless.cli import early
 from swapless.cli._options import Force, Html, Json, Quiet, checked, exclusive, output
 from swapless.cli._trace_options import Documents, chosen_trace
 from swapless.cli.out import Out
-from swapless.units import parse_size
+from swapless.units import format_rate, parse_size
 
 if TYPE_CHECKING:
     from swapless.cli._foresight import Prefetch
@@ -77,6 +78,9 @@ def simulate(
     if trace is None:
         raise UsageError("Name a trace to replay: swapless simulate TRACE.")
 
+    early.trace(trace)
+    names = [name.strip() for name in policy.split(",")]
+    early.policies(names)
     from swapless.cache.devices import device_profile
     from swapless.cache.sweep import Conditions, sweep
 
@@ -86,10 +90,10 @@ def simulate(
     with out.progress() as progress:
         progress("reading", 0.0)
         chosen = chosen_trace(trace, documents=documents)
-        names = [name.strip() for name in policy.split(",")]
         shared = Conditions(**conditions, warmup_tokens=warmup, device=profile, expert_bytes=expert_bytes)
         seen = None if ahead is None else ahead.of(chosen, progress, out.note)
         rows = sweep(chosen, names, sizes, shared, foresight=seen, advance=lambda done: progress("replaying", done))
+    _say_sizes(out, sizes, rows)
     out.document(rows)
     if ahead is None:
         _print(out, rows, "tokens_per_s")
@@ -100,6 +104,13 @@ def simulate(
 
         write_page(html, rows, name=chosen.header.model_id or trace.name)
         out.note(f"Wrote {html}.")
+
+
+def _say_sizes(out: Out, sizes: list[float | int], rows: list[dict[str, Any]]) -> None:
+    """Say what the shares became: a cache holds whole experts."""
+    for size, row in zip(sizes, [row for row in rows if not row.get("prefetch")]):  # those of the first policy, in their order
+        if isinstance(size, float):
+            early.share(size, row["capacity_fraction"], f"{row['capacity_experts']} experts", out)
 
 
 def _ahead(prefetch: str | None, lead: str | None, predictor_ms: float | None, device: str | None) -> Prefetch | None:
@@ -157,10 +168,10 @@ def _print(out: Out, rows: list[dict[str, Any]], last: str) -> None:
         table.append(
             [
                 row["policy"],
-                f"{row['capacity_experts']} ({row['capacity_fraction']:.0%})",
+                f"{row['capacity_experts']} ({100 * row['capacity_fraction']:.3g}%)",
                 "-" if row["hit_rate"] is None else f"{row['hit_rate']:.2%}",
                 "-" if size is None else f"{size / 1e9:.3f}",
-                "-" if figure is None else f"{figure:.2f}",
+                "-" if figure is None else format_rate(figure),
             ]
         )
     out.table(columns, table)
@@ -177,11 +188,11 @@ def _print_ahead(out: Out, rows: list[dict[str, Any]]) -> None:
         table.append(
             [
                 row["policy"],
-                f"{row['capacity_experts']} ({row['capacity_fraction']:.0%})",
+                f"{row['capacity_experts']} ({100 * row['capacity_fraction']:.3g}%)",
                 f"{row['prefetch']}, lead {row['lead']}" if row["prefetch"] else "-",
                 f"{row['bytes_moved_per_token'] / 1e9:.3f}",
                 f"{row['stall_s_per_token'] * 1e3:.1f}",
-                "-" if row["tokens_per_s"] is None else f"{row['tokens_per_s']:.2f}",
+                "-" if row["tokens_per_s"] is None else format_rate(row["tokens_per_s"]),
                 *counts,
             ]
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from swapless.cli import _options as options
+from swapless.cli import early
 from swapless.cli.out import Out
 from swapless.errors import UsageError, VerifyError, message
 from swapless.units import format_size
@@ -24,12 +27,15 @@ def verify(
         typer.Option(metavar="CHECKPOINT", help="Compare a packed store with the checkpoint that it was made from, too."),
     ] = None,
     as_json: options.Json = False,
+    quiet: options.Quiet = False,
 ) -> None:
     """Compare each layer with the reference, or each block of a packed store with its checksum.
 
     Both compute the same inputs, one layer at a time, inside the budget. Exits with 1 when any value differs by any bit.
     """
-    out = Out(as_json=as_json)
+    out = Out(as_json=as_json, quiet=quiet)
+    early.checkpoint(checkpoint)
+    early.memory(memory, out)
     from swapless.store.packed import is_packed
 
     if is_packed(Path(checkpoint)):
@@ -41,10 +47,12 @@ def verify(
     from swapless import runtime
 
     layers = []
-    for layer in runtime.verify(checkpoint, memory=memory):
-        layers.append(layer)
-        verdict = "the same bits" if layer.identical else f"DIFFERENT, by up to {layer.max_abs_difference:g}"
-        out.text(f"MoE layer {layer.moe_layer:>3}  block {layer.block:>3}  {layer.experts_compared:>4} experts  {verdict}")
+    # At a terminal the lines themselves tell how far it is.
+    with nullcontext() if sys.stdout.isatty() and not as_json else out.progress() as progress:
+        for layer in runtime.verify(checkpoint, memory=memory, progress=progress):
+            layers.append(layer)
+            verdict = "the same bits" if layer.identical else f"DIFFERENT, by up to {layer.max_abs_difference:g}"
+            out.text(f"MoE layer {layer.moe_layer:>3}  block {layer.block:>3}  {layer.experts_compared:>4} experts  {verdict}")
     different = [layer for layer in layers if not layer.identical]
     out.document({"checkpoint": checkpoint, "identical": not different, "layers": [asdict(layer) for layer in layers]})
     if different:

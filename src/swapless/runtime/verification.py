@@ -7,7 +7,7 @@ loop. Both get the same inputs, as prefill and as decode, at one thread, and mus
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -48,7 +48,12 @@ class LayerResult:
 
 @torch.no_grad()
 def verify(
-    checkpoint: str | Path, memory: str | int | None = None, *, policy: str = DEFAULT_POLICY, seed: int = 0
+    checkpoint: str | Path,
+    memory: str | int | None = None,
+    *,
+    policy: str = DEFAULT_POLICY,
+    seed: int = 0,
+    progress: Callable[[str, float], None] | None = None,
 ) -> Iterator[LayerResult]:
     """Yield a result a MoE layer of ``checkpoint``, a local folder or hub id.
 
@@ -58,6 +63,8 @@ def verify(
         Budget of the whole process, the reference's experts included; all that is available by default.
     seed : int
         Of the random inputs.
+    progress : callable of (str, float), optional
+        Told what is going on and the share done.
 
     Raises
     ------
@@ -78,7 +85,9 @@ def verify(
         try:
             if budget is not None and budget <= reserve:
                 raise BudgetError(message("The budget does not hold the reference.", got=format_size(budget)))
-            model = load(folder, None if budget is None else budget - reserve, policy=policy, context=_TOKENS * 2)
+            model = load(
+                folder, None if budget is None else budget - reserve, policy=policy, context=_TOKENS * 2, progress=progress
+            )
         except BudgetError:
             if at_once == 1:
                 raise
@@ -87,6 +96,8 @@ def verify(
         reference = Reference(skeleton(opened.cls, opened.config, model.dtype), folder, opened.files, model.dtype)
         top_k = opened.experts_a_token // len(layers)
         for moe_layer, (_, module) in enumerate(experts_of(model)):
+            if progress is not None:
+                progress(f"MoE layer {moe_layer + 1} of {len(layers)}", moe_layer / len(layers))
             with _one_thread():  # and not over the yield: it is a switch of the whole process
                 result = _compare(model, module, reference, layers[moe_layer], moe_layer, at_once, top_k, seed)
             yield result
