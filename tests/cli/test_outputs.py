@@ -227,7 +227,7 @@ def test_a_closed_standard_output(inputs):
 
 
 def test_a_reader_that_goes_away(inputs):
-    command = [sys.executable, "-c", MAIN, "simulate", str(inputs / "t.parquet"), "--json"]
+    command = [sys.executable, "-c", MAIN, "simulate", str(inputs / "t.parquet"), "--json", "--quiet"]
     done = subprocess.run(
         ["sh", "-c", '"$@" | head -c 1 >/dev/null', "sh", *command], stderr=subprocess.PIPE, text=True, timeout=300
     )
