@@ -150,7 +150,9 @@ def _use_rows(
     rows += rows_of.by_layer("load_variation", even.variation, chance=0.0, variant="trace")
     for place, m in enumerate(segments):
         rest = {"segment_tokens": m}
-        rows += rows_of.by_layer("reuse_within", again.within[:, place], chance=1 - (1 - rate) ** m, **rest)
+        rows += rows_of.by_layer(
+            "reuse_within", again.within[:, place], chance=control.uniform_reuse(m, experts, top_k), **rest
+        )
         expected = control.uniform_working_set(m, experts, top_k)
         rows += rows_of.by_layer("working_set", again.working_set[:, place], chance=expected, **rest)
         rows += rows_of.by_layer(

@@ -11,6 +11,7 @@ from typing import Any, no_type_check
 import numpy as np
 
 from swapless.compiled import kernel
+from swapless.portable import log
 
 
 @kernel()
@@ -103,7 +104,7 @@ def distances(ids: Any, offsets: Any, num_experts: int, counts: Any, gaps: Any) 
 def window_balance(ids: Any, offsets: Any, num_experts: int, window: int, logs: Any, sums: Any, covered: Any) -> None:
     """Add variation, entropy and number of windows to ``sums`` (3), and active (window, token) pairs to ``covered`` (E)."""
     count = np.zeros(num_experts, np.int64)
-    scale = np.log(num_experts) if num_experts > 1 else 1.0
+    scale = log(num_experts) if num_experts > 1 else 1.0
     for document in range(len(offsets) - 1):
         begin, end = offsets[document], offsets[document + 1]
         windows = end - begin - window + 1
@@ -134,5 +135,13 @@ def window_balance(ids: Any, offsets: Any, num_experts: int, window: int, logs: 
                     total += 1
             if leaving >= begin - 1 and total > 0:
                 sums[0] += np.sqrt(max(0.0, num_experts * squares / (total * total) - 1.0))
-                sums[1] += (np.log(total) - plogs / total) / scale
+                sums[1] += (log(total) - plogs / total) / scale
                 sums[2] += 1
+
+
+@kernel()
+@no_type_check
+def logs_of(values: Any, out: Any) -> None:
+    """Natural logarithms of ``values`` (N,), all above 0, into ``out``: the same on every machine."""
+    for place in range(len(values)):
+        out[place] = log(values[place])

@@ -67,8 +67,17 @@ def entropy(load: np.ndarray) -> np.ndarray:
     """
     total = load.sum(axis=-1, keepdims=True)
     share = np.divide(load, total, out=np.full(load.shape, np.nan), where=total > 0)
-    plain = -np.sum(share * np.log(np.where(share > 0, share, 1.0)), axis=-1)
-    return plain / np.log(load.shape[-1]) + 0.0 if load.shape[-1] > 1 else plain + 1.0
+    plain = -np.sum(share * _log(np.where(share > 0, share, 1.0)), axis=-1)
+    return plain / _log(np.array([load.shape[-1]]))[0] + 0.0 if load.shape[-1] > 1 else plain + 1.0
+
+
+def _log(values: np.ndarray) -> np.ndarray:
+    from swapless.locality._kernels import logs_of
+
+    flat = np.ascontiguousarray(values, np.float64).reshape(-1)
+    found = np.empty_like(flat)
+    logs_of(flat, found)
+    return found.reshape(values.shape)
 
 
 def balance(source: Source, segments: int | Sequence[int] = (16,), *, advance: Advance = nothing) -> BalanceResult:
@@ -115,7 +124,7 @@ def balance(source: Source, segments: int | Sequence[int] = (16,), *, advance: A
         local, covered = np.zeros((len(lengths), 3)), np.zeros((experts, len(lengths)))
         for number, window in enumerate(min(length, len(piece) + 1) for length in lengths):
             logs = np.arange(max(2, window * ids.shape[1] + 1), dtype=np.float64)
-            logs[1:] *= np.log(logs[1:])
+            logs[1:] *= _log(logs[1:])
             window_balance(ids, offsets, experts, window, logs, local[number], covered[:, number])
         used = ids[ids >= 0]
         return np.bincount(used, minlength=experts), local, covered

@@ -7,8 +7,6 @@ and the *shuffled* trace (the same tokens in random order: global imbalance stay
 
 from __future__ import annotations
 
-from math import lgamma, log
-
 import numpy as np
 
 from swapless.locality.srp import Thresholded, best_threshold
@@ -25,12 +23,7 @@ def uniform_srp(segment_tokens: int, num_experts: int, top_k: int) -> Thresholde
     >>> round(float(uniform_srp(16, 64, 8).value), 3)
     0.321
     """
-    rate, uses = top_k / num_experts, np.arange(segment_tokens + 1)
-    if rate == 1:
-        chances = (uses == segment_tokens).astype(np.float64)
-    else:
-        ways = [lgamma(segment_tokens + 1) - lgamma(f + 1) - lgamma(segment_tokens - f + 1) for f in uses.tolist()]
-        chances = np.exp(np.array(ways) + uses * log(rate) + (segment_tokens - uses) * np.log1p(-rate))
+    chances = _binomial(segment_tokens, top_k, num_experts)
     return best_threshold(np.cumsum(chances[::-1])[::-1])
 
 
@@ -53,7 +46,27 @@ def uniform_overlap(num_experts: int, top_k: int) -> float:
 
 def uniform_working_set(segment_tokens: int, num_experts: int, top_k: int) -> float:
     """Expected number of different experts in S tokens of uniform routing."""
-    return num_experts * (1 - (1 - top_k / num_experts) ** segment_tokens)
+    return num_experts * uniform_reuse(segment_tokens, num_experts, top_k)
+
+
+def uniform_reuse(tokens: int, num_experts: int, top_k: int) -> float:
+    """Chance that an expert is used within ``tokens`` tokens of uniform routing."""
+    never = 1.0
+    for _ in range(tokens):  # a product, since powers are rounded in other ways on other machines
+        never *= (num_experts - top_k) / num_experts
+    return 1 - never
+
+
+def _binomial(trials: int, top_k: int, num_experts: int) -> np.ndarray:
+    """Chances of 0 to ``trials`` successes at K / E, float64: from the likeliest count on, by ratios of neighbours."""
+    chances = np.zeros(trials + 1)
+    top = min(trials, (trials + 1) * top_k // num_experts)
+    chances[top] = 1.0
+    for count in range(top, trials):
+        chances[count + 1] = chances[count] * ((trials - count) * top_k / ((count + 1) * (num_experts - top_k)))
+    for count in range(top, 0, -1):
+        chances[count - 1] = chances[count] * (count * (num_experts - top_k) / ((trials - count + 1) * top_k))
+    return chances / chances.sum()
 
 
 def first_documents(source: Source, max_tokens: int) -> Trace:
@@ -64,7 +77,7 @@ def first_documents(source: Source, max_tokens: int) -> Trace:
 def uniform_trace(
     header: TraceHeader, lengths: np.ndarray, *, rng: np.random.Generator, num_moe_layers: int | None = None
 ) -> Trace:
-    """Trace of uniform random routing: K different experts drawn anew for each token and MoE layer.
+    """Trace of uniform random routing: K different experts drawn anew for each token and MoE layer, in ascending order.
 
     Parameters
     ----------
@@ -85,9 +98,8 @@ def uniform_trace(
     ids = np.empty((tokens, layers, header.top_k), np.int16)
     for start in range(0, tokens, 2048):
         drawn = rng.random((min(2048, tokens - start), layers, header.num_experts), np.float32)
-        full = header.top_k == header.num_experts
-        chosen = np.argsort(drawn, axis=2) if full else np.argpartition(drawn, header.top_k, axis=2)
-        ids[start : start + 2048] = chosen[:, :, : header.top_k]
+        chosen = np.argsort(drawn, axis=2, kind="stable")[:, :, : header.top_k]
+        ids[start : start + 2048] = np.sort(chosen, axis=2)
     return Trace.from_arrays(shape, expert_ids=ids, document=np.repeat(np.arange(len(lengths)), lengths))
 
 
