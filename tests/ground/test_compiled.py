@@ -204,10 +204,10 @@ def test_a_state_that_no_import_finds_is_not_kept(folder):
 def test_keys_are_the_same_in_every_process(tmp_path):
     script = (
         "from swapless.compiled_key import Parts, options_text\n"
-        "from swapless.cache import serve, _next_use\nfrom swapless.predict import _stream_kernels\n"
+        "from swapless.cache import serve, _next_use\nfrom swapless.predict import _network_kernels\n"
         "from swapless.runtime.kernels_vector import block_product, rounding\n"
         "from swapless.store import quantize\n"
-        "for part in (serve.serve, _next_use.take_in, _stream_kernels.read, quantize._quantize_4):\n"
+        "for part in (serve.serve, _next_use.take_in, _network_kernels.read, quantize._quantize_4):\n"
         "    print(Parts(part.py_func, ()).hexdigest(), options_text(part.targetoptions))\n"
         "for part in (block_product(8, 1), block_product(4, 1), rounding()):\n"
         "    print(Parts(part, ()).hexdigest(), 'outside' * Parts(part, ()).from_outside)\n"

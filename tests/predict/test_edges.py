@@ -11,7 +11,9 @@ from swapless.errors import UsageError
 from swapless.predict import _kernels
 from swapless.predict.counts import CountTable
 from swapless.predict.eam import Eam
+from swapless.predict.expert_map import ExpertMap
 from swapless.predict.features import FADES, TokenMemory
+from swapless.predict.linear import Linear
 from swapless.predict.popularity import Popularity
 from swapless.predict.previous_token import PreviousToken
 from swapless.predict.token_prior import TokenPrior
@@ -41,7 +43,7 @@ def test_the_smallest_traces(kind, shape, none):
     assert np.isfinite(scores).all() and scores.min() >= 0
 
 
-@pytest.mark.parametrize("kind", [PreviousToken, Eam])
+@pytest.mark.parametrize("kind", [PreviousToken, Eam, ExpertMap, Linear])
 @pytest.mark.parametrize("bad", [4, -2, 999])
 def test_a_trace_that_was_changed_after_its_checks_is_refused(kind, bad):
     trace = made(3, 4, 2, 2)

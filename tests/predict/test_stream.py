@@ -6,14 +6,18 @@ import itertools
 
 import numpy as np
 import pytest
+import torch
 
 from swapless.errors import UsageError
 from swapless.notation import NO_EXPERT
 from swapless.predict import PREDICTORS, make_predictor
+from swapless.predict.batches import Documents
+from swapless.predict.network import Network
 from swapless.predict.predictor import known_layers
 from swapless.predict.saved import load_predictor, save_predictor
 from swapless.predict.stream import Stream
 from swapless.predict.token_stream import STREAMS, open_stream
+from swapless.predict.training import logits_of
 from swapless.predict.transformer import Transformer
 from tests.predict.made import made_trace
 
@@ -62,7 +66,19 @@ def test_the_stream_says_what_the_batch_says(learned):
             for lead, scores in batch.items():
                 for layer in range(trace.num_moe_layers):
                     known = known_layers(layer, lead)
-                    assert np.abs(said[known][layer - known] - scores[t, layer]).max() < 1e-5, (t, layer, lead)
+                    assert np.array_equal(said[known][layer - known], scores[t, layer]), (t, layer, lead)
+
+
+def test_both_say_what_the_trained_network_says(learned):
+    """Network and loops share no code: what was trained is what is asked."""
+    shape, trace = learned.shape_, unseen(learned.fitted_.vocabulary)[0]
+    network = Network(shape, torch.zeros(shape.num_moe_layers, shape.num_experts))
+    network.load_state_dict({name: torch.from_numpy(value.astype(np.float32)) for name, value in learned.weights_.items()})
+    given = Documents(trace, learned.memory_, words=shape.words, buckets=shape.buckets)
+    batch = given.batch(given.plan(range(given.count), 1024, None)[0], own=False)
+    for lead, logits in zip(LEADS, logits_of(network, batch, LEADS)):
+        expected = logits.sigmoid().permute(1, 0, 2).numpy()
+        assert np.abs(learned.scores_batch(trace, lead) - expected).max() < 1e-5, lead
 
 
 @pytest.mark.parametrize("kind", sorted(set(STREAMS.names()) - {"transformer"}))
@@ -151,3 +167,16 @@ def test_the_others_are_refused_with_the_names_of_those_that_can(kind):
     predictor = make_predictor(kind, **options).fit(made_trace(lengths=(9, 9)))
     with pytest.raises(UsageError, match="linear, popularity, previous_token, token_prior, transformer"):
         open_stream(predictor)
+
+
+def test_the_published_encoder_is_asked_as_it_was_trained():
+    """Torch's own encoder against the loops that share no code with it."""
+    predictor = make_predictor("paper", epochs=6, width=16, depth=2, heads=2, learning_rate=0.02).fit(made_trace())
+    network = predictor._network()
+    network.load_state_dict({name: torch.from_numpy(value) for name, value in predictor.weights_.items()})
+    trace = made_trace(lengths=(21, 40), seed=5)
+    words = torch.from_numpy(predictor.vocabulary_.encode(trace))
+    with torch.no_grad():
+        pieces = [network.eval()(words[rows]).sigmoid().transpose(0, 1) for rows in predictor._pieces(trace)]
+    assert len(pieces) == 3
+    assert np.abs(predictor.scores_batch(trace, 1) - torch.cat(pieces).numpy()).max() < 1e-5

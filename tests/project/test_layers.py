@@ -76,7 +76,7 @@ def test_nothing_imports_the_top():
     assert not wrong, wrong
 
 
-NUMBA = {"compiled.py", "compiled_key.py", "predict/_stream_kernels.py", "runtime/kernels_code.py", "runtime/kernels_tiles.py"}
+NUMBA = {"compiled.py", "compiled_key.py", "predict/_network_kernels.py", "runtime/kernels_code.py", "runtime/kernels_tiles.py"}
 """The files that may name numba or llvmlite: the door to the compiler, and builders of code that Python cannot say."""
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from swapless.arrays import want, want_ids
 from swapless.compiled import kernel
 from swapless.errors import UsageError, message
+from swapless.portable import log, log32
 
 
 @kernel()
@@ -39,6 +40,14 @@ def _multi_hot(ids: Any, num_experts: int, out: Any) -> None:
 
 
 @kernel()
+def logs(values: Any, out: Any) -> None:
+    """Natural logarithms of ``values`` (N, T), all above 0, into ``out``."""
+    for row in range(values.shape[0]):
+        for place in range(values.shape[1]):
+            out[row, place] = log(values[row, place])
+
+
+@kernel()
 def prior_blocks(
     smooth: Any, total: Any, counts: Any, pair_total: Any, pair_counts: Any, seen: Any, met: Any, out: Any, row: int
 ) -> None:
@@ -47,25 +56,25 @@ def prior_blocks(
     Half the log of each smoothed share over the one it falls back to: the token's over ``smooth``, the pair's over the
     token's, that of earlier places in the document over the pair's. Places without a count share one value.
     """
-    half = np.float32(0.5)
-    lone, joint, again = -half * np.log(total + 1), -half * np.log(pair_total + 1), -half * np.log(seen + 1)
+    half, one = np.float32(0.5), np.float32(1)
+    lone, joint, again = -half * log32(total + one), -half * log32(pair_total + one), -half * log32(seen + one)
     for key in range(len(smooth)):
         share = smooth[key]
         value = lone
         if counts[key] > 0:
-            value += half * np.log(1 + counts[key] / share)
+            value += half * log32(one + counts[key] / share)
         out[0, row, key] = value
         value = joint
         pair = pair_counts[key]
         if pair > 0 or met[key] > 0:
-            share = (counts[key] + share) / (total + 1)
+            share = (counts[key] + share) / (total + one)
             if pair > 0:
-                value += half * np.log(1 + pair / share)
+                value += half * log32(one + pair / share)
         out[1, row, key] = value
         value = again
         if met[key] > 0:
-            share = (pair + share) / (pair_total + 1)
-            value += half * np.log(1 + met[key] / share)
+            share = (pair + share) / (pair_total + one)
+            value += half * log32(one + met[key] / share)
         out[2, row, key] = value
 
 

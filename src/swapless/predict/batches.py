@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-import torch
 
 from swapless.predict.features import Inputs, TokenMemory, join
 from swapless.predict.vocabulary import MOST_GROUPS, column, letter_groups
 from swapless.trace import Trace
+
+if TYPE_CHECKING:
+    import torch
 
 Piece = tuple[int, int, int]
 """Document, first row in it, end."""
@@ -80,10 +82,8 @@ class Documents:
             room -= size
         return batches
 
-    def batch(
-        self, pieces: Sequence[Piece], *, own: bool, unknown: float = 0.0, rng: np.random.Generator | None = None
-    ) -> Batch:
-        """Tensors of some pieces; ``unknown`` is the share of tokens shown as if they were not in the vocabulary."""
+    def inputs(self, pieces: Sequence[Piece], *, own: bool) -> tuple[Inputs, np.ndarray]:
+        """Rows of some pieces, and letter groups (N, MOST_GROUPS) of their texts; ``own`` as :meth:`TokenMemory.inputs`."""
         parts, texts = [], []
         for number, (document, first, end) in enumerate(pieces):
             start = int(self._offsets[document])
@@ -91,18 +91,26 @@ class Documents:
             whole = self._memory.inputs(self._ids[rows], self._index[rows], own=own, number=number)
             parts.append(whole.rows(first))
             texts.append(self._text[start + first : start + end])
-        inputs = join(parts)
+        return join(parts), self._groups[np.concatenate(texts)]
+
+    def batch(
+        self, pieces: Sequence[Piece], *, own: bool, unknown: float = 0.0, rng: np.random.Generator | None = None
+    ) -> Batch:
+        """Tensors of some pieces; ``unknown`` is the share of tokens shown as if they were not in the vocabulary."""
+        inputs, groups = self.inputs(pieces, own=own)
         words = np.where(inputs.words < self._words, inputs.words, 0)
         if unknown and rng is not None:
             hidden = rng.random(len(words)) < unknown
             words[hidden] = 0
             inputs.blocks[:3, hidden] = 0
             inputs.scalars[hidden, :3] = 0
-        return tensors(inputs, words, self._groups[np.concatenate(texts)])
+        return tensors(inputs, words, groups)
 
 
 def tensors(inputs: Inputs, words: np.ndarray, groups: np.ndarray) -> Batch:
     """Numpy rows as the network takes them."""
+    import torch
+
     blocks = torch.from_numpy(inputs.blocks)
     return Batch(
         torch.from_numpy(words),

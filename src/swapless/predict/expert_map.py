@@ -7,9 +7,11 @@ from typing import Any, Self, final
 
 import numpy as np
 
+from swapless.arrays import want, want_ids
 from swapless.errors import PredictorMismatchError, UsageError, message
 from swapless.predict._kernels import multi_hot
-from swapless.predict.eam import kept_rows, unit_rows
+from swapless.predict._nearest import lengths, map_places, softmax, text_places
+from swapless.predict.eam import kept_places
 from swapless.predict.popularity import popularity
 from swapless.predict.predictor import Fitted, Lead, Predictor, Progress, known_layers, quiet, token_kind
 from swapless.predict.vocabulary import column, letter_groups
@@ -62,49 +64,51 @@ class ExpertMap(Predictor):
         rng = np.random.default_rng(self.seed)
         rows = np.sort(rng.permutation(len(trace))[: self.offered])
         offered = trace.rows(rows)
-        maps = self._maps(offered).reshape(len(rows), -1)
-        places = np.arange(len(rows), dtype=np.float32)[:, None]
-        kept = kept_rows(np.hstack([maps, places * 1e-12]), self.capacity, progress)  # the place rides along, weightless
-        chosen = np.rint(kept[:, -1] * 1e12).astype(np.int64)
+        maps = self._maps(offered)
+        chosen = kept_places(maps.reshape(len(rows), -1), self.capacity, progress)
         self.maps_ = maps[chosen]
-        self.texts_ = _texts(offered.rows(chosen), kind)
+        self.texts_ = _texts(column(offered.rows(chosen), kind), kind)
         self.fitted_ = Fitted.of(trace, vocabulary=kind)
         return self
 
     def scores_batch(self, trace: Trace, lead: Lead) -> np.ndarray:
-        """The row of the nearest map, scaled so that its K largest values lie within [0, 1]."""
+        """The row of the nearest map, at most 1 an expert; the earlier one of two maps that are as close."""
         fitted = self.require_fitted()
         layers, experts = self.share_.shape
         scores = np.empty((len(trace), layers, experts), np.float32)
+        known = np.array([known_layers(layer, lead) for layer in range(layers)])
         store = self.maps_.reshape(-1, layers, experts)
-        length = np.cumsum((store**2).sum(axis=2), axis=1)
+        by_key = np.ascontiguousarray(store.reshape(len(store), -1).T, np.float32)
+        squares = np.cumsum((by_key.astype(np.float64) ** 2).reshape(layers, experts, -1).cumsum(axis=1)[:, -1], axis=0)
+        by_text = self._by_text(trace, fitted.vocabulary)
         for first in range(0, len(trace), _ROWS):
-            part = trace.rows(slice(first, first + _ROWS))
-            maps, out = self._maps(part), scores[first : first + _ROWS]
-            alike = _texts(part, fitted.vocabulary) @ self.texts_.T
-            same = alike.max(axis=1) > 0
-            by_text = store[alike.argmax(axis=1)]
-            product = np.zeros((len(part), len(store)), np.float32)
-            known = 0
-            for layer in range(layers):
-                if known_layers(layer, lead) == 0:
-                    out[:, layer] = np.where(same[:, None], by_text[:, layer], self.share_[layer])
-                    continue
-                while known < known_layers(layer, lead):
-                    product += maps[:, known] @ store[:, known].T
-                    known += 1
-                nearest = (product / np.sqrt(np.maximum(length[:, known - 1], 1e-9))).argmax(axis=1)
-                out[:, layer] = store[nearest, layer]
-        return np.clip(scores, 0, 1, out=scores)
+            rows = slice(first, min(first + _ROWS, len(trace)))
+            places = np.empty((rows.stop - first, layers), np.int64)
+            map_places(self._maps(trace.rows(rows)), known, by_key, squares, places)
+            places[:, known == 0] = by_text[rows, None]
+            found = store[places, np.arange(layers)]
+            scores[rows] = np.where(places[..., None] >= 0, np.clip(found, 0, 1), self.share_)
+        return scores
+
+    def _by_text(self, trace: Trace, kind: Any) -> np.ndarray:
+        """The map of the nearest text for each token, int64 (T,), -1 where no text has anything of it."""
+        words, texts = column(trace, kind), np.ascontiguousarray(self.texts_.T)
+        distinct = {word: place for place, word in enumerate(dict.fromkeys(words))}
+        places = np.empty(len(distinct), np.int64)
+        text_places(_texts(list(distinct), kind), texts, lengths(self.texts_), places)
+        return places[[distinct[word] for word in words]]
 
     def _maps(self, trace: Trace) -> np.ndarray:
         """Maps (T, L, E) of the tokens of a trace."""
         values = getattr(trace, self.over)
         if values is None:
             raise PredictorMismatchError(message(f"expert_map over {self.over} needs a trace that has them."))
+        layers, experts = self.share_.shape
+        want_ids(want(trace.expert_ids, "expert_ids", np.int16, (None, layers, None)), experts)
         if self.over == "router_scores":
-            raised = np.exp(values.astype(np.float32) - values.max(axis=2, keepdims=True).astype(np.float32))
-            return raised / raised.sum(axis=2, keepdims=True)
+            shares = np.empty(values.shape, np.float32)
+            softmax(values.astype(np.float32), shares)
+            return shares
         maps = np.zeros((len(trace), trace.num_moe_layers, self.share_.shape[1]), np.float32)
         if self.over == "expert_ids":
             multi_hot(trace.expert_ids, maps.shape[2], maps)
@@ -117,26 +121,26 @@ class ExpertMap(Predictor):
         return maps
 
     def state(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-        """Popularity, maps in half precision where they are counts, and texts."""
+        """Popularity, maps (one byte a place where they are 0 and 1), and letter groups of texts."""
         settings = {"over": self.over, "capacity": self.capacity, "offered": self.offered, "seed": self.seed}
-        return {"popularity": self.share_, "maps": self.maps_, "texts": self.texts_}, settings
+        maps = self.maps_.astype(np.uint8) if self.over == "expert_ids" else self.maps_
+        return {"popularity": self.share_, "maps": maps, "texts": self.texts_}, settings
 
     @classmethod
     def restore(cls, fitted: Fitted, arrays: Mapping[str, np.ndarray], settings: Mapping[str, Any]) -> Self:
         """From popularity, maps and texts."""
         made = cls(**settings)
         made.fitted_, made.share_ = fitted, arrays["popularity"]
-        made.maps_, made.texts_ = arrays["maps"], arrays["texts"]
+        made.maps_, made.texts_ = arrays["maps"].astype(np.float32), arrays["texts"]
         return made
 
 
-def _texts(trace: Trace, kind: Any) -> np.ndarray:
-    """Vectors of length 1 of the tokens' texts, float32 (T, buckets)."""
-    words = column(trace, kind)
+def _texts(words: list[Any], kind: Any) -> np.ndarray:
+    """How often each letter group stands in each text, uint8 (len(words), buckets)."""
     groups = letter_groups([str(word) for word in words], _BUCKETS)
     if kind == "token_id":
         groups[:, 2:] = _BUCKETS  # the form and the whole, no part of a number
         groups[:, :2] = np.array(words, np.int64)[:, None] % _BUCKETS
-    vectors = np.zeros((len(words), _BUCKETS + 1), np.float32)
-    np.add.at(vectors, (np.arange(len(words))[:, None], groups), 1)
-    return unit_rows(vectors[:, :_BUCKETS])
+    counts = np.zeros((len(words), _BUCKETS + 1), np.uint8)
+    np.add.at(counts, (np.arange(len(words))[:, None], groups), 1)
+    return np.ascontiguousarray(counts[:, :_BUCKETS])

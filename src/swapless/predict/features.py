@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from swapless.arrays import want
-from swapless.predict._kernels import add_routing, document_blocks, multi_hot
+from swapless.predict._kernels import add_routing, document_blocks, logs, multi_hot
 from swapless.predict.counts import CountTable, pairs
 from swapless.predict.popularity import popularity
 from swapless.predict.vocabulary import Vocabulary
@@ -23,7 +23,6 @@ from swapless.trace import Trace
 FADES = np.array([0.6, 0.85, 0.96], np.float32)
 BLOCKS = 4 + len(FADES)
 SCALARS = 5
-_HALF = np.float32(0.5)
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,8 +134,10 @@ class TokenMemory:
 
 def scalars(numbers: np.ndarray, place: np.ndarray) -> np.ndarray:
     """Float32 (n, SCALARS): how often word, pair and word in this document were met, (3, n), and the place in the document."""
-    columns = [*np.log1p(numbers), np.log1p(place), place == 0]
-    return (np.stack(columns, 1) * 0.5).astype(np.float32)
+    columns = np.concatenate([1.0 + numbers, 1.0 + place[None]])
+    found = np.empty(columns.shape)
+    logs(columns, found)
+    return (np.stack([*found, place == 0], 1) * 0.5).astype(np.float32)
 
 
 def _own(keys: np.ndarray, ids: np.ndarray, num_experts: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

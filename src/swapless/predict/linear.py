@@ -9,14 +9,14 @@ from typing import Any, Self, final
 import numpy as np
 
 from swapless.errors import PredictorMismatchError, message
+from swapless.predict._linear_kernels import FED_BLOCKS, OWN_LAYERS, linear_scores, logits_of, train_layer
+from swapless.predict.batches import Documents
 from swapless.predict.features import TokenMemory
 from swapless.predict.popularity import popularity
 from swapless.predict.predictor import Fitted, Lead, Predictor, Progress, check_lead, known_layers, quiet, token_kind
 from swapless.predict.vocabulary import Vocabulary
 from swapless.trace import Trace
-
-FED_BLOCKS = (0, 3, 5)
-"""Of the shared features: the token's own prior, the choices of the token before, the fading sum at 0.85."""
+from swapless.trace.parallel import spread
 
 
 @final
@@ -29,6 +29,10 @@ class Linear(Predictor):
         One set of weights each. A lead in between is served by the next larger one, which sees less.
     epochs, batch_tokens, learning_rate, seed : number
         Of its training by Adam.
+
+    Notes
+    -----
+    MoE layers and leads have nothing in common, so they are trained side by side, and the number of threads does not show.
     """
 
     name = "linear"
@@ -47,11 +51,6 @@ class Linear(Predictor):
 
     def fit(self, trace: Trace, *, progress: Progress = quiet) -> Self:
         """Train all leads at once; a training document's own counts are left out of its priors."""
-        import torch
-        from torch.nn import functional as F
-
-        from swapless.predict.batches import Documents
-
         kind = token_kind(trace)
         popularity(trace)
         trace = trace.grouped()
@@ -59,34 +58,30 @@ class Linear(Predictor):
         leads = [lead for lead in self.leads if lead == "token" or lead <= layers]
         memory = TokenMemory.of(trace, Vocabulary.of(trace, kind), most_pairs=0)
         documents = Documents(trace, memory, words=1, buckets=1)
-        start = torch.zeros(len(leads), layers, (len(FED_BLOCKS) + 2) * experts, experts)
-        start[:, :, :experts] = 1.8 * torch.eye(experts)
-        bias = torch.logit(torch.from_numpy(memory.popularity).clamp(1e-4, 1 - 1e-4)).repeat(len(leads), 1, 1)[:, :, None]
-        parameters = [start.requires_grad_(), bias.clone().requires_grad_()]
-        optimizer = torch.optim.Adam(parameters, lr=self.learning_rate, betas=(0.9, 0.99), fused=True)
+        parameters = np.zeros((len(leads), layers, (len(FED_BLOCKS) + OWN_LAYERS) * experts + 1, experts), np.float32)
+        parameters[:, :, :experts] = np.float32(1.8) * np.eye(experts, dtype=np.float32)
+        for place in range(len(leads)):
+            logits_of(memory.popularity, parameters[place, :, -1])
+        mean, square, kept = np.zeros_like(parameters), np.zeros_like(parameters), np.ones(2, np.float32)
         plans = [
             documents.plan(range(documents.count), self.batch_tokens, np.random.default_rng([self.seed, epoch]))
             for epoch in range(self.epochs)
         ]
         total = sum(len(plan) for plan in plans)
         for step, pieces in enumerate(itertools.chain(*plans)):
-            batch = documents.batch(pieces, own=True)
-            rows = batch.blocks.shape[1]
-            parts = batch.blocks.view(layers, rows, -1, experts)
-            fed = parts[:, :, list(FED_BLOCKS)].reshape(layers, rows, -1)
-            loss = torch.zeros(())
-            for place, lead in enumerate(leads):
-                own = _own_layers(batch.chosen.numpy(), lead, 0)
-                seen = torch.cat([fed, torch.from_numpy(own)], 2)
-                logits = torch.baddbmm(parameters[1][place], seen, parameters[0][place])
-                loss = loss + F.binary_cross_entropy_with_logits(logits, batch.chosen, reduction="sum") / rows
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            for group in optimizer.param_groups:
-                group["lr"] = self.learning_rate * (1 - step / total)
-            optimizer.step()
+            inputs, _ = documents.inputs(pieces, own=True)
+            rate, kept = self.learning_rate * (1 - step / total), kept * np.array((0.9, 0.99), np.float32)
+
+            def work(layer: int, inputs: Any = inputs, rate: float = rate, kept: np.ndarray = kept) -> None:
+                for place, lead in enumerate(leads):
+                    own = (array[place, layer] for array in (parameters, mean, square))
+                    train_layer(inputs.blocks, inputs.chosen, layer, known_layers(layer, lead), *own, rate, kept)
+
+            for _ in spread(work, range(layers)):
+                pass
             progress(f"linear, epoch {step * self.epochs // total + 1} of {self.epochs}", (step + 1) / total)
-        self.weight_, self.bias_ = (value.detach().half().float().numpy() for value in parameters)
+        parameters = parameters.astype(np.float16).astype(np.float32)
+        self.weight_, self.bias_ = np.ascontiguousarray(parameters[:, :, :-1]), np.ascontiguousarray(parameters[:, :, -1:])
         self.memory_ = memory
         self.fitted_ = Fitted.of(trace, vocabulary=kind, leads=tuple(leads))
         return self
@@ -100,12 +95,11 @@ class Linear(Predictor):
         layers, experts = self.memory_.popularity.shape
         words = self.memory_.vocabulary.encode(trace)
         scores = np.empty((len(trace), layers, experts), np.float32)
+        known = np.array([known_layers(layer, self.fitted_.leads[place]) for layer in range(layers)])
+        weights = (known, self.weight_[place], self.bias_[place, :, 0])
         for start, end in itertools.pairwise(trace.document_offsets.tolist()):
-            inputs = self.memory_.inputs(trace.expert_ids[start:end], words[start:end])
-            own = _own_layers(inputs.chosen, self.fitted_.leads[place], 1)
-            fed = np.concatenate([*inputs.blocks[list(FED_BLOCKS)], own[..., :experts], own[..., experts:]], axis=2)
-            logits = fed.transpose(1, 0, 2) @ self.weight_[place] + self.bias_[place]
-            scores[start:end] = 1 / (1 + np.exp(-logits.transpose(1, 0, 2)))
+            ids = trace.expert_ids[start:end]
+            linear_scores(self.memory_.inputs(ids, words[start:end]).blocks, ids, *weights, scores[start:end])
         return scores
 
     def place_of(self, lead: Lead) -> int | None:
@@ -127,18 +121,3 @@ class Linear(Predictor):
         made.fitted_, made.memory_ = fitted, TokenMemory.restored(fitted.vocabulary, arrays)
         made.weight_, made.bias_ = (np.asarray(arrays[name], np.float32) for name in ("weight", "bias"))
         return made
-
-
-def _own_layers(chosen: np.ndarray, lead: Lead, axis: int) -> np.ndarray:
-    """Choices of the current token at ``moe_layer - lead`` and the layer below, along the last axis; zeros beyond the cut.
-
-    ``chosen`` (..., E) has its MoE layers on ``axis``.
-    """
-    rows = np.moveaxis(chosen, axis, 0)
-    own = np.zeros((*rows.shape[:-1], 2 * rows.shape[-1]), np.float32)
-    for layer in range(len(rows)):
-        known = known_layers(layer, lead)
-        for back in (1, 2):
-            if known >= back:
-                own[layer, ..., (back - 1) * rows.shape[-1] : back * rows.shape[-1]] = rows[known - back]
-    return np.moveaxis(own, 0, axis)

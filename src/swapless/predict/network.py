@@ -8,41 +8,20 @@ Shapes: N tokens (documents one after the other), L MoE layers, E experts, D wid
    itself: the residual stream of the model in small.
 3. *Reading.* The logits of any later MoE layer are its base logits and a linear reading of the state, tuned by the distance
    between the two. So one network serves every lead, and one pass serves all later layers.
+
+This is the form that is trained. What is asked of a trained one is computed by ``network_scores`` and ``stream``, which are the
+same sums in an order that no machine changes.
 """
 
 from __future__ import annotations
-
-from dataclasses import asdict, dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from swapless.predict.features import BLOCKS, SCALARS
+from swapless.predict.network_shape import NetworkShape
 from swapless.predict.vocabulary import MOST_GROUPS
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class NetworkShape:
-    """Sizes of the network; all go into its file."""
-
-    num_moe_layers: int
-    num_experts: int
-    top_k: int
-    words: int
-    buckets: int = 4096
-    width: int = 256
-    heads: int = 4
-    attention_layers: int = 2
-    window: int = 64
-    hidden: int = 128
-    step_hidden: int = 192
-    near: int = 3
-
-    def settings(self) -> dict[str, Any]:
-        """The sizes by name."""
-        return asdict(self)
 
 
 def rms(x: Tensor) -> Tensor:

@@ -10,10 +10,12 @@ import numpy as np
 
 from swapless.errors import UsageError, message
 from swapless.predict._kernels import multi_hot
+from swapless.predict.paper_scores import matrices, score_piece
 from swapless.predict.popularity import popularity
 from swapless.predict.predictor import Fitted, Lead, Predictor, Progress, quiet, token_kind
 from swapless.predict.vocabulary import Vocabulary
 from swapless.trace import Trace
+from swapless.trace.parallel import spread
 
 if TYPE_CHECKING:
     from swapless.predict.paper_network import PaperNetwork
@@ -93,19 +95,20 @@ class Paper(Predictor):
             torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
             optimizer.step()
             progress(f"paper, epoch {epoch + 1} of {self.epochs}", (step + 1) / total)
-        self.network_ = network.eval()
+        self.weights_ = {name: value.numpy() for name, value in network.state_dict().items()}
         return self
 
     def scores_batch(self, trace: Trace, lead: Lead) -> np.ndarray:
         """Probabilities; the same at every lead, and the future is in them."""
-        import torch
-
         self.require_fitted()
-        words = torch.from_numpy(self.vocabulary_.encode(trace))
+        words, weights = self.vocabulary_.encode(trace), matrices(self.weights_)
         scores = np.empty((len(trace), trace.num_moe_layers, self.fitted_.num_experts), np.float32)
-        with torch.no_grad():
-            for rows in self._pieces(trace):
-                scores[rows] = self.network_(words[rows]).sigmoid().transpose(0, 1).numpy()
+
+        def work(rows: slice) -> np.ndarray:
+            return score_piece(weights, words[rows], depth=self.depth, heads=self.heads)
+
+        for rows, found in spread(work, self._pieces(trace)):
+            scores[rows] = found.transpose(1, 0, 2)
         return scores
 
     def _pieces(self, trace: Trace) -> Iterator[slice]:
@@ -122,20 +125,15 @@ class Paper(Predictor):
 
     def state(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         """Vocabulary and weights."""
-        weights = {f"network.{name}": value.numpy() for name, value in self.network_.state_dict().items()}
+        weights = {f"network.{name}": value for name, value in self.weights_.items()}
         names = ("width", "depth", "heads", "epochs", "batch_tokens", "learning_rate", "seed")
         return {**self.vocabulary_.arrays(), **weights}, {name: getattr(self, name) for name in names}
 
     @classmethod
     def restore(cls, fitted: Fitted, arrays: Mapping[str, np.ndarray], settings: Mapping[str, Any]) -> Self:
         """From vocabulary and weights."""
-        import torch
-
         made = cls(**settings)
         made.fitted_ = fitted
         made.vocabulary_ = Vocabulary.restored(fitted.vocabulary or "token", arrays)
-        network = made._network()
-        weights = {key.removeprefix("network."): value for key, value in arrays.items() if key.startswith("network.")}
-        network.load_state_dict({name: torch.from_numpy(np.array(value)) for name, value in weights.items()})
-        made.network_ = network.eval()
+        made.weights_ = {key.removeprefix("network."): value for key, value in arrays.items() if key.startswith("network.")}
         return made

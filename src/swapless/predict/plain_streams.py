@@ -6,10 +6,11 @@ from typing import final
 
 import numpy as np
 
-from swapless.notation import NO_EXPERT
 from swapless.predict._kernels import finish_token, past_blocks, prior_blocks
+from swapless.predict._linear_kernels import add_linear
+from swapless.predict._network_kernels import sigmoid_all
 from swapless.predict.features import BLOCKS, FADES
-from swapless.predict.linear import FED_BLOCKS, Linear
+from swapless.predict.linear import Linear
 from swapless.predict.popularity import Popularity
 from swapless.predict.predictor import known_layers
 from swapless.predict.previous_token import PreviousToken
@@ -125,22 +126,16 @@ class LinearStream(TokenStream):
 
     def _read(self, count: int) -> np.ndarray:
         shape, leads = self.fitted, self.fitted.leads
-        fed = self._blocks.reshape(BLOCKS, shape.num_moe_layers, shape.num_experts)[list(FED_BLOCKS)]
+        blocks = self._blocks.reshape(BLOCKS, 1, shape.num_moe_layers, shape.num_experts)
         scores = np.zeros((count, shape.num_experts), np.float32)
         for gap, layer in enumerate(range(self._known, self._known + count)):
             place = self._predictor.place_of(gap + 1)
             if place is None:  # farther ahead than it was fitted for: it says nothing
                 break
-            weight = self._predictor.weight_[place, layer]
-            logits = (
-                fed[:, layer].reshape(-1) @ weight[: fed.shape[0] * shape.num_experts] + self._predictor.bias_[place, layer, 0]
-            )
+            scores[gap] = self._predictor.bias_[place, layer, 0]
             known = known_layers(layer, leads[place])
-            for back, seen in enumerate(range(known - 1, max(known - 3, -1), -1)):
-                chosen = self._ids[seen]
-                first = (fed.shape[0] + back) * shape.num_experts
-                logits = logits + weight[first + chosen[chosen != NO_EXPERT].astype(np.int64)].sum(axis=0)
-            scores[gap] = 1 / (1 + np.exp(-logits))
+            add_linear(blocks, 0, layer, self._ids, known, self._predictor.weight_[place, layer], scores[gap])
+            sigmoid_all(scores[gap])
         return scores
 
     def _finish(self) -> None:

@@ -44,7 +44,7 @@ class PreviousToken(Predictor):
         for start, end in itertools.pairwise(offsets.tolist()):
             before = np.zeros((end - start, layers * experts), np.float32)
             document_past(trace.expert_ids[start:end], experts, fade, before, scores[None, start:end])
-            left = fade[0] ** np.arange(end - start, dtype=np.float32)
+            left = np.cumprod(np.concatenate([np.ones(1, np.float32), np.repeat(fade, end - start - 1)]))
             scores[start:end] += left[:, None] * self.share_.reshape(-1)
         return scores.reshape(-1, layers, experts)
 

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Self, final
+from typing import Any, Self, final
 
 import numpy as np
 
 from swapless.errors import TraceValueError, message
 from swapless.predict.features import TokenMemory
+from swapless.predict.network_scores import score_document
+from swapless.predict.network_shape import NetworkShape, Weights
 from swapless.predict.predictor import Fitted, Lead, Predictor, Progress, quiet, token_kind
 from swapless.predict.recipe import Recipe
-from swapless.predict.vocabulary import Vocabulary
+from swapless.predict.vocabulary import MOST_GROUPS, Vocabulary, column, letter_groups
 from swapless.trace import Trace
-
-if TYPE_CHECKING:
-    from swapless.predict.network import Network
+from swapless.trace.parallel import spread
 
 SEEN_OFTEN = 3
 """Occurrences from which a word has a vector of its own."""
@@ -37,7 +38,8 @@ class Transformer(Predictor):
 
     Notes
     -----
-    The weights are kept in half precision, so that a saved predictor gives the same bits.
+    The weights are kept in half precision, so that a saved predictor gives the same bits; it gives them on every machine.
+    Training is torch's, whose sums depend on processor, version and number of threads: trained elsewhere it is another one.
     """
 
     name = "transformer"
@@ -51,7 +53,7 @@ class Transformer(Predictor):
         import torch
 
         from swapless.predict.batches import Documents
-        from swapless.predict.network import Network, NetworkShape
+        from swapless.predict.network import Network
         from swapless.predict.training import train
 
         kind = token_kind(trace)
@@ -73,51 +75,44 @@ class Transformer(Predictor):
         documents = Documents(trace, memory, words=shape.words, buckets=shape.buckets)
         digest = hashlib.sha256(np.ascontiguousarray(trace.expert_ids).tobytes()).hexdigest()
         self.course_ = train(network, documents, recipe, progress=progress, checkpoint=self.checkpoint, identity=digest)
-        with torch.no_grad():
-            for value in network.parameters():
-                value.copy_(value.half().float())
+        self.weights_ = {name: value.half().numpy() for name, value in network.state_dict().items()}
         self.fitted_ = Fitted.of(trace, vocabulary=kind)
-        self.memory_, self.network_ = memory, network.eval()
+        self.memory_, self.shape_ = memory, shape
         return self
 
     def scores_batch(self, trace: Trace, lead: Lead) -> np.ndarray:
-        """Probabilities of the network, document after document."""
-        from swapless.predict.batches import Documents
-        from swapless.predict.training import logits_of
+        """Probabilities of the network, documents side by side."""
+        fitted = self.require_fitted()
+        weights = Weights(self.shape_, self.weights_, narrow=False)
+        words, (text, groups) = self.memory_.vocabulary.encode(trace), self._texts(trace, fitted.vocabulary)
+        scores = np.empty((len(trace), self.shape_.num_moe_layers, self.shape_.num_experts), np.float32)
 
-        self.require_fitted()
-        shape = self.network_.shape
-        documents = Documents(trace, self.memory_, words=shape.words, buckets=shape.buckets)
-        scores = np.empty((len(trace), shape.num_moe_layers, shape.num_experts), np.float32)
-        row = 0
-        for pieces in documents.plan(range(documents.count), 1024, None):
-            (logits,) = logits_of(self.network_, documents.batch(pieces, own=False), (lead,))
-            found = logits.sigmoid().permute(1, 0, 2).numpy()
-            scores[row : row + len(found)] = found
-            row += len(found)
+        def work(rows: slice) -> np.ndarray:
+            ids = trace.expert_ids[rows]
+            return score_document(weights, self.memory_.inputs(ids, words[rows]), groups[text[rows]], ids, lead)
+
+        for rows, found in spread(work, itertools.starmap(slice, itertools.pairwise(trace.document_offsets.tolist()))):
+            scores[rows] = found
         return scores
+
+    def _texts(self, trace: Trace, kind: Any) -> tuple[np.ndarray, np.ndarray]:
+        """Each token's place (T,) among the letter groups (N, G) of the different texts."""
+        if kind == "token_id":
+            return np.zeros(len(trace), np.int64), np.full((1, MOST_GROUPS), self.shape_.buckets, np.int64)
+        words = column(trace, kind)
+        distinct = {word: place for place, word in enumerate(dict.fromkeys(words))}
+        return np.array([distinct[word] for word in words], np.int64), letter_groups(list(distinct), self.shape_.buckets)
 
     def state(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         """Counts, and weights in half precision."""
-        weights = {f"network.{name}": value.half().numpy() for name, value in self.network_.state_dict().items()}
-        return {**self.memory_.arrays(), **weights}, {"network": self.network_.shape.settings()}
+        weights = {f"network.{name}": value for name, value in self.weights_.items()}
+        return {**self.memory_.arrays(), **weights}, {"network": self.shape_.settings()}
 
     @classmethod
     def restore(cls, fitted: Fitted, arrays: Mapping[str, np.ndarray], settings: Mapping[str, Any]) -> Self:
         """From counts and weights."""
         made = cls()
-        made.fitted_ = fitted
+        made.fitted_, made.shape_ = fitted, NetworkShape(**settings["network"])
         made.memory_ = TokenMemory.restored(fitted.vocabulary, arrays)
-        made.network_ = _network(arrays, settings, made.memory_)
+        made.weights_ = {key.removeprefix("network."): value for key, value in arrays.items() if key.startswith("network.")}
         return made
-
-
-def _network(arrays: Mapping[str, np.ndarray], settings: Mapping[str, Any], memory: TokenMemory) -> Network:
-    import torch
-
-    from swapless.predict.network import Network, NetworkShape
-
-    network = Network(NetworkShape(**settings["network"]), torch.from_numpy(memory.popularity))
-    weights = {key.removeprefix("network."): value for key, value in arrays.items() if key.startswith("network.")}
-    network.load_state_dict({name: torch.from_numpy(np.array(value)).float() for name, value in weights.items()})
-    return network.eval()
