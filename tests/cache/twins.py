@@ -339,7 +339,7 @@ class BeladyBypass(Belady):
 
 
 class NextUse(Twin):
-    """The regression with numpy's float32 vectors, in the order of sums that the policy promises."""
+    """The regression with numpy's float32 vectors, in the order of sums that the policy promises, and its account with LRU."""
 
     def __init__(self, *shape, **kw):
         super().__init__(*shape, **kw)
@@ -352,73 +352,123 @@ class NextUse(Twin):
 
         self.fed, self.moment, self.cross = zeros(width), zeros(width, width), zeros(experts, width)
         self.trail, self.since, self.weight = zeros(width), zeros(experts, width), zeros(width, experts)
-        self.used_at, self.row, self.learned, self.seen = (
-            np.zeros((layers, experts), int),
-            [0] * layers,
-            [0] * layers,
-            [0] * layers,
-        )
+        self.used_at = np.zeros((layers, experts), int)
+        self.row, self.learned, self.seen, self.parts, self.last_parts = ([0] * layers for _ in range(5))
         for weight in self.weight:
             for block in range(3):
                 weight[block * experts : (block + 1) * experts] = np.eye(experts, dtype=np.float32) * self.priors[block]
-        self.order, self.pairs, self.trust = [], [], 0.0
+        self.frozen = [None] * layers
+        self.order, self.followed, self.ahead, self.gained, self.needed = [], False, 0, 0, 48
+        self.recent, self.valued = defaultdict(list), defaultdict(list)
 
     def demand(self, layer, experts):
-        count, horizon, ridge = self.num_experts, np.float32(0.8), np.float32(1000)
-        fed, trail, moment, cross = self.fed[layer], self.trail[layer], self.moment[layer], self.cross[layer]
+        count, horizon = self.num_experts, np.float32(0.8)
+        fed, trail = self.fed[layer], self.trail[layer]
+        fresh = self.seen[layer] != self.tokens[layer]
+        if fresh:
+            if self.seen[layer]:
+                self.learn(layer)
+            self.frozen[layer] = None
+            if self.parts[layer] > 1:
+                self.frozen[layer] = [self.predicted(layer, expert) for expert in range(count)]
+            self.last_parts[layer], self.parts[layer] = self.parts[layer], 0
+            self.seen[layer] = self.tokens[layer]
         for expert in experts:
-            ago = self.learned[layer] - self.used_at[layer][expert]
-            faded = np.float32(horizon ** np.float32(ago)) if ago < 100 else np.float32(0)
-            cross[expert] += trail - faded * self.since[layer][expert]
+            faded = np.float32(1)
+            for _ in range(self.learned[layer] - self.used_at[layer][expert]):
+                faded *= horizon
+            if self.learned[layer] - self.used_at[layer][expert] >= 100:
+                faded = np.float32(0)
+            self.cross[layer][expert] += trail - faded * self.since[layer][expert]
             self.since[layer][expert] = horizon * trail
             self.used_at[layer][expert] = self.learned[layer] + 1
         for block, fade in enumerate(self.fades):
             part = fed[block * count : (block + 1) * count]
-            if self.seen[layer] != self.tokens[layer]:
+            if fresh:
                 part *= np.where(part > np.float32(1e-9), fade, np.float32(0))
             for expert in experts:
                 part[expert] += np.sqrt(np.float32(1) - fade)
-        self.seen[layer] = self.tokens[layer]
         fed[-1] = 1
+        self.parts[layer] += 1
+        if self.parts[layer] < self.last_parts[layer]:
+            for expert in experts:
+                self.frozen[layer][expert] = self.predicted(layer, expert)
+        else:
+            self.frozen[layer] = None
+        self.compare(layer, [layer * count + expert for expert in experts])
+
+    def learn(self, layer):
+        """The token before is whole."""
+        count, horizon, ridge = self.num_experts, np.float32(0.8), np.float32(1000)
+        fed, trail, moment, cross = self.fed[layer], self.trail[layer], self.moment[layer], self.cross[layer]
         trail[:] = np.where(trail > np.float32(1e-9), horizon * trail, np.float32(0)) + fed
         self.learned[layer] += 1
-        for expert in experts:
-            moment[expert, expert:] += fed[expert:]
+        for expert in range(count):
+            if fed[expert]:
+                moment[expert, expert:] += fed[expert:]
         for i in range(count + self.learned[layer] % 4, len(fed), 4):
             moment[i, i:] += np.float32(4) * fed[i] * fed[i:]
-        row = self.row[layer]
-        self.row[layer] = (row + 1) % len(fed)
-        solved = cross[:, row].copy()
-        if row < len(fed) - 1:
-            solved[row % count] += ridge * self.priors[row // count]
-        for j in range(len(fed)):
-            if j != row:
-                solved -= moment[min(j, row), max(j, row)] * self.weight[layer][j]
-        self.weight[layer][row] = solved * (np.float32(1) / (moment[row, row] + ridge))
+        for _ in range(self.parts[layer]):
+            row = self.row[layer]
+            self.row[layer] = (row + 1) % len(fed)
+            solved = cross[:, row].copy()
+            if row < len(fed) - 1:
+                solved[row % count] += ridge * self.priors[row // count]
+            for j in range(len(fed)):
+                if j != row:
+                    solved -= moment[min(j, row), max(j, row)] * self.weight[layer][j]
+            self.weight[layer][row] = solved * (np.float32(1) / (moment[row, row] + ridge))
+
+    def predicted(self, layer, expert):
+        value = np.float32(0)
+        for j, factor in enumerate(self.fed[layer]):
+            if factor:
+                value += factor * self.weight[layer][j, expert]
+        return value
 
     def worth(self, key, layer):
         mine = key // self.num_experts
-        value = np.float32(0)
-        for j, factor in enumerate(self.fed[mine]):
-            if factor:
-                value += factor * self.weight[mine][j, key % self.num_experts]
-        return value
+        frozen = self.frozen[mine]
+        return frozen[key % self.num_experts] if frozen else self.predicted(mine, key % self.num_experts)
+
+    def compare(self, layer, keys):
+        """What LRU and the values would each have hit, before the cache serves these keys."""
+        pool = self.cache.pool_of_layer[layer]
+        room, recent, valued = self.cache.pool_slots[pool], self.recent[pool], self.valued[pool]
+        ours = self.cache.slots[pool] if self.followed else valued
+        change = sum((key in ours) - (key in recent) for key in keys)
+        if self.followed:
+            self.ahead, self.gained = min(0, self.ahead + change), self.gained + change
+            if self.ahead <= -16 - 6 * self.num_moe_layers or self.gained <= -32 - self.num_moe_layers:
+                self.followed, self.ahead, self.needed = False, 0, 2 * self.needed
+                for other, slots in enumerate(self.cache.slots):
+                    self.valued[other] = [key for key in slots if key is not None]
+            elif self.gained >= self.needed:
+                self.needed = max(48, self.needed // 2)
+        else:
+            self.ahead = max(0, self.ahead + change)
+            if self.ahead >= self.needed:
+                self.followed, self.ahead, self.gained = True, 0, 0
+        self.recent[pool] = ([key for key in recent if key not in keys] + keys)[-room:]
+        valued = self.valued[pool]
+        if self.followed:
+            return
+        for key in keys:
+            if key not in valued:
+                if len(valued) >= room:
+                    may = [other for other in valued if other not in keys]
+                    if not may:
+                        continue
+                    valued.remove(min(may, key=lambda other: (self.worth(other, layer), other)))
+                valued.append(key)
 
     def access(self, pool, key, hit):
         self.order = [other for other in self.order if other != key] + [key]
-        for doubted, other in self.pairs:
-            if key in (doubted, other):
-                self.trust = 0.9998 * self.trust + (-1 if key == doubted else 1)
-                self.pairs.remove((doubted, other))
-                break
 
     def victim(self, pool, may, layer):
-        learned = super().victim(pool, may, layer)
-        oldest = min(may, key=lambda item: self.order.index(item[1]))[0]
-        if learned != oldest:
-            pair = dict(may)[learned], dict(may)[oldest]
-            self.pairs = [other for other in self.pairs if not set(other) & set(pair)] + [pair]
-        return learned if self.trust >= 50 else oldest
+        if self.followed:
+            return super().victim(pool, may, layer)
+        return min(may, key=lambda item: self.order.index(item[1]))[0]
 
 
 TWINS = {

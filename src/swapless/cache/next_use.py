@@ -10,10 +10,8 @@ Gauss-Seidel sweep a token; no step costs more than O(F E), so a block costs mic
 read of the future: the value of an expert's next use is credited when that use comes, to the faded sum of what had gone in
 since its last use.
 
-What was learned is only followed while it does better than LRU. Where the two name different victims, the pair is remembered;
-whichever of the two experts is used first was the wrong one to drop. Only while the map was right clearly more often of late
-does its victim go, else the least recently used. Following the better of two policies by what each would regret is the idea
-of LeCaR [1]_; pairs in place of its ghost lists, and no chance.
+What was learned is only followed while it does better than LRU, by what each of the two would have hit (``_rivals``). Following
+the better of two policies by the misses of their ghosts is the idea of LeCaR [1]_, here without chance.
 
 .. [1] G. Vietri et al., "Driving Cache Replacement with ML-based LeCaR", HotStorage 2018.
 """
@@ -24,7 +22,8 @@ from typing import Any, NamedTuple, final
 
 import numpy as np
 
-from swapless.cache._next_use import predict, sweep, take_in
+from swapless.cache._next_use import FORGOTTEN_TOKENS, begin_token, predict, take_in, value_part
+from swapless.cache._rivals import compare, new_rivals
 from swapless.cache.compiled import compiled
 from swapless.cache.policy import rules
 from swapless.cache.residency import may_go
@@ -32,10 +31,6 @@ from swapless.errors import UsageError, message
 from swapless.notation import Phase
 
 _PREFILL = int(Phase.PREFILL)
-_TRUST_FADE = 0.9998
-"""What a pair counts less with each that comes after it: about the last five thousand, of all MoE layers, decide."""
-_TRUST_NEEDED = 50.0
-"""Where neither is better, the sum of +1 and -1 faded like this strays by about as much (1 / sqrt(1 - fade^2))."""
 
 
 class NextUseState(NamedTuple):
@@ -43,11 +38,15 @@ class NextUseState(NamedTuple):
     ``cross`` (L, E, F) the sums of the regression; ``weight`` (L, F, E) the map; ``trail`` (L, F) the faded sum of ``fed``, and
     ``before`` (L, E, F) that sum when the expert was last used, at ``used_at`` int64 (L, E); ``value`` (L, E), and whether it
     is out of date, ``valued_at`` int64 (L,) = -1; ``row`` int64 (L,) the sweep's next row; ``learned`` int64 (L,) tokens;
-    ``seen`` int64 (L,) the last demand set. ``fade``, ``prior`` (blocks,); ``horizon``, ``ridge`` (1,).
+    ``seen`` int64 (L,) the last token, ``open`` uint8 (L,) whether it waits to be learned from, ``parts`` and ``last_parts``
+    int64 (L,) demand sets of it and of the one before. ``fade``, ``prior`` (blocks,); ``horizon``, ``ridge`` (1,); ``powers``
+    (100,) of the horizon.
 
-    Of the guard: ``uses`` int64 (1,) requests so far and ``last`` int64 (L*E,) the expert's latest; ``rival`` int32 (L*E,) the
-    other of its pair or -1, ``doubted`` uint8 (L*E,) whether the map would have dropped it rather than that one; ``trust``
-    float64 (1,) faded sum of +1 for every pair the map was right about and -1 for every other.
+    ``uses`` int64 (1,) requests so far and ``last`` int64 (L*E,) the expert's latest. With P pools, the rivals' ghosts:
+    ``ring_before`` and ``ring_after`` uint32 (L*E + P,) LRU's, ``recent`` uint8 (L*E,) whether it holds the key,
+    ``recent_held`` int64 (P,) how many; ``valued`` and ``valued_held`` that of the values, while LRU is followed; ``asked_at``
+    int64 (L*E,) clock of the latest request. ``followed`` uint8 (1,) whether the values are; ``ahead``, ``gained``, ``needed``
+    int64 (1,) the account.
     """
 
     fed: np.ndarray
@@ -62,43 +61,53 @@ class NextUseState(NamedTuple):
     row: np.ndarray
     learned: np.ndarray
     seen: np.ndarray
+    open: np.ndarray
+    parts: np.ndarray
+    last_parts: np.ndarray
     fade: np.ndarray
     prior: np.ndarray
     horizon: np.ndarray
     ridge: np.ndarray
+    powers: np.ndarray
     uses: np.ndarray
     last: np.ndarray
-    rival: np.ndarray
-    doubted: np.ndarray
-    trust: np.ndarray
+    ring_before: np.ndarray
+    ring_after: np.ndarray
+    recent: np.ndarray
+    recent_held: np.ndarray
+    valued: np.ndarray
+    valued_held: np.ndarray
+    asked_at: np.ndarray
+    followed: np.ndarray
+    ahead: np.ndarray
+    gained: np.ndarray
+    needed: np.ndarray
 
 
 def _on_demand(state, residency, moe_layer, experts, phase):  # type: ignore[no-untyped-def]
-    take_in(state, residency.demand_sets[moe_layer], moe_layer, experts, phase != _PREFILL)
-    # A row costs E * F; with many experts a row every few tokens keeps a block within its microseconds.
-    if phase != _PREFILL and residency.demand_sets[moe_layer] % (1 + state.value.shape[1] // 128) == 0:
-        sweep(state, moe_layer)
-    state.valued_at[moe_layer] = -1
+    decode = phase != _PREFILL
+    token = residency.demand_sets[moe_layer]
+    fresh = token != state.seen[moe_layer]
+    if fresh:
+        begin_token(state, moe_layer, token, decode)
+    take_in(state, moe_layer, experts, fresh, decode)
+    state.parts[moe_layer] += 1
+    if state.parts[moe_layer] < state.last_parts[moe_layer]:
+        value_part(state, moe_layer, experts)
+    else:
+        state.valued_at[moe_layer] = -1
+    compare(state, residency, moe_layer, experts, decode)
 
 
 def _on_access(state, residency, pool, key, hit, clock, phase):  # type: ignore[no-untyped-def]
     state.uses[0] += 1
     state.last[key] = state.uses[0]
-    if state.rival[key] >= 0 and phase != _PREFILL:
-        state.trust[0] = _TRUST_FADE * state.trust[0] + (-1.0 if state.doubted[key] else 1.0)
-        _settle(state, key)
-
-
-@compiled
-def _settle(state: Any, key: Any) -> None:
-    """The pair of ``key``, if it is in one, is no more."""
-    if state.rival[key] >= 0:
-        state.rival[state.rival[key]] = -1
-        state.rival[key] = -1
 
 
 def _victim(state, residency, pool, clock):  # type: ignore[no-untyped-def]
-    learned = oldest = np.int32(-1)
+    if not state.followed[0]:
+        return _oldest(state, residency, pool, clock)
+    best = np.int32(-1)
     lowest = np.float32(np.inf)
     num_experts = state.value.shape[1]
     for slot in range(residency.pool_start[pool], residency.pool_start[pool + 1]):
@@ -109,21 +118,21 @@ def _victim(state, residency, pool, clock):  # type: ignore[no-untyped-def]
                 predict(state, moe_layer)
                 state.valued_at[moe_layer] = 0
             value = state.value[moe_layer, key - moe_layer * num_experts]
-            if value < lowest:
+            if value < lowest or best < 0:
                 lowest = value
-                learned = np.int32(slot)
-            if oldest < 0 or state.last[key] < state.last[residency.key_of_slot[oldest]]:
-                oldest = np.int32(slot)
-    if learned == oldest:
-        return learned
-    doubted, other = residency.key_of_slot[learned], residency.key_of_slot[oldest]
-    _settle(state, doubted)
-    _settle(state, other)
-    state.rival[doubted] = other
-    state.rival[other] = doubted
-    state.doubted[doubted] = 1
-    state.doubted[other] = 0
-    return learned if state.trust[0] >= _TRUST_NEEDED else oldest
+                best = np.int32(slot)
+    return best
+
+
+@compiled
+def _oldest(state: Any, residency: Any, pool: Any, clock: Any) -> Any:
+    best = np.int32(-1)
+    for slot in range(residency.pool_start[pool], residency.pool_start[pool + 1]):
+        if may_go(residency, slot, clock) and (
+            best < 0 or state.last[residency.key_of_slot[slot]] < state.last[residency.key_of_slot[best]]
+        ):
+            best = np.int32(slot)
+    return best
 
 
 rules(NextUseState, on_demand=_on_demand, on_access=_on_access, victim=_victim)
@@ -185,13 +194,15 @@ class NextUse:
             row=numbers(),
             learned=numbers(),
             seen=numbers(),
+            open=np.zeros(layers, np.uint8),
+            parts=numbers(),
+            last_parts=numbers(),
             fade=np.array(self._FADE, np.float32),
             prior=np.array(self._PRIOR, np.float32),
             horizon=np.array([self.horizon], np.float32),
             ridge=np.array([self.ridge], np.float32),
+            powers=np.cumprod(np.array([1.0] + [self.horizon] * (FORGOTTEN_TOKENS - 1), np.float32)),
             uses=np.zeros(1, np.int64),
             last=np.zeros(layers * experts, np.int64),
-            rival=np.full(layers * experts, -1, np.int32),
-            doubted=np.zeros(layers * experts, np.uint8),
-            trust=np.zeros(1),
+            **new_rivals(layers * experts, pools),
         )
