@@ -9,7 +9,7 @@ DATA ?= ../shared/data
 INSTALL := PIP_CONSTRAINT=constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-data test-all lint format types docs bench clean
+.PHONY: help setup demo test test-numeric test-slow test-data test-all lint format types docs bench clean
 
 help: ## Show this list.
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -21,6 +21,9 @@ demo: $(VENV)/.runs ## Let the embedded model write at three cache sizes.
 
 test: $(VENV)/.ready ## The fast tests: nothing from outside the repository.
 	$(BIN)/python -m pytest -n $(JOBS)
+
+test-numeric: $(VENV)/.ready ## The fast tests of what must not depend on the machine: OPENBLAS_CORETYPE=Haswell make test-numeric.
+	$(BIN)/python -m pytest -n $(JOBS) tests/predict tests/locality tests/cache tests/trace tests/numeric
 
 test-slow: $(VENV)/.ready ## The slow ones: family sweep, memory cgroup, wheel, browser.
 	$(BIN)/python -m pytest -m "slow and not data"
