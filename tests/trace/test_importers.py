@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import csv
+import io
 import json
 
 import numpy as np
@@ -164,3 +165,136 @@ def test_nothing_known(tmp_path):
     (tmp_path / "x.txt").write_text("hello")
     with pytest.raises(TraceFormatError, match="Not a Parquet"):
         load_trace(tmp_path / "x.txt")
+
+
+def server_answers():
+    """Rows of two answers, the second with one generated token that ran."""
+    trace = random_trace(np.random.default_rng(5), num_moe_layers=2, num_experts=8, top_k=2, lengths=(7, 4))
+    one, two = (np.array(piece.expert_ids, np.int32) for piece in trace.pieces(max_documents=1))
+    return trace, one, two
+
+
+def saved_array(array):
+    file = io.BytesIO()
+    np.save(file, array)
+    return base64.b64encode(file.getvalue()).decode()
+
+
+def vllm_line(rows, prompt, generated, *, apart, form=lambda array: array.tolist(), **more):
+    usage = {"prompt_tokens": prompt, "completion_tokens": generated, "total_tokens": prompt + generated}
+    own = rows[prompt:] if apart else rows
+    line = {"object": "chat.completion", "model": "m/n", "usage": usage, "choices": [{"index": 0, "routed_experts": form(own)}]}
+    return line | ({"prompt_routed_experts": form(rows[:prompt])} if apart else {"prompt_routed_experts": None}) | more
+
+
+def write_answers(folder, *lines, config=None, indent=None):
+    folder.mkdir(exist_ok=True)
+    sizes = {"num_experts": 8, "num_experts_per_tok": 2, "num_hidden_layers": 2} if config is None else config
+    (folder / "config.json").write_text(json.dumps(sizes))
+    path = folder / "answers.json"
+    path.write_text(json.dumps(lines, indent=indent) if indent else "\n".join(map(json.dumps, lines)))
+    return path
+
+
+@pytest.mark.parametrize("form", [lambda array: array.tolist(), saved_array, lambda a: saved_array(a.astype(np.uint8))])
+def test_responses_of_vllm_as_they_came(tmp_path, form):
+    """Prompt and generated rows apart (0.21) or together, lists or saved arrays, a file of lines or one document."""
+    trace, one, two = server_answers()
+    for indent in (None, 1):
+        lines = [vllm_line(one, 4, 4, apart=True, form=form), vllm_line(two, 3, 2, apart=False, form=form)]
+        read = load_trace(write_answers(tmp_path, *lines, indent=indent))
+        assert np.array_equal(read.expert_ids, trace.expert_ids)
+        assert read.phase.tolist() == [0, 0, 0, 0, 1, 1, 1, 0, 0, 0, 1]
+        assert (read.header.model_id, read.num_experts, read.document.tolist()) == ("m/n", 8, [0] * 7 + [1] * 4)
+    read = load_trace(write_answers(tmp_path, vllm_line(two, 4, 1, apart=True)))  # one token, which never ran
+    assert np.array_equal(read.expert_ids, two) and not read.phase.any()
+
+
+def test_choices_are_documents(tmp_path):
+    _, one, two = server_answers()
+    line = vllm_line(one, 4, 6, apart=True)
+    line["choices"].append({"index": 1, "routed_experts": two[:1].tolist()})
+    read = load_trace(write_answers(tmp_path, line))
+    assert read.document.tolist() == [0] * 7 + [1] * 5
+    assert np.array_equal(read.expert_ids[7:], np.concatenate([one[:4], two[:1]]))
+
+
+def test_responses_of_sglang_need_no_first_line(tmp_path):
+    trace, one, two = server_answers()
+    lines = [
+        {"text": "a", "meta_info": {"routed_experts": base64.b64encode(rows.astype("<i4").tobytes()).decode(), **tokens}}
+        for rows, tokens in (
+            (one, {"prompt_tokens": 5, "completion_tokens": 3}),
+            (two, {"prompt_tokens": 4, "completion_tokens": 1}),
+        )
+    ]
+    read = load_trace(write_answers(tmp_path, *lines), model_id="m/n")
+    assert np.array_equal(read.expert_ids, trace.expert_ids)
+    assert read.phase.tolist() == [0] * 5 + [1] * 2 + [0] * 4
+    names = {"text_config": {"n_routed_experts": 8, "moe_top_k": 2, "n_layer": 2}}
+    assert np.array_equal(load_trace(write_answers(tmp_path, lines, config=names)).expert_ids, trace.expert_ids)
+    for config, said in (({}, "no number of experts"), ({"num_experts": 8}, "how many blocks"), ({"num_experts": -1}, "whole")):
+        with pytest.raises(TraceFormatError, match=said):
+            load_trace(write_answers(tmp_path, *lines, config=config))
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(TraceFormatError, match=r"config.json beside"):
+        load_trace(tmp_path / "answers.json")
+
+
+def test_rows_are_held_against_the_tokens(tmp_path):
+    _, one, _ = server_answers()
+    apart, whole = vllm_line(one, 4, 4, apart=True), vllm_line(one, 4, 4, apart=False)
+    generated = apart["choices"][0]["routed_experts"]
+    flat = {"routed_experts": generated, "prompt_tokens": 4}
+    for wrong, said in (
+        (apart | {"prompt_routed_experts": None}, "lacks the prompt's rows"),
+        (apart | {"prompt_routed_experts": one[:3].tolist()}, "than the prompt has tokens"),
+        (apart | {"choices": [{"routed_experts": generated[:-1]}]}, "than tokens were generated"),
+        (apart | {"choices": [{"routed_experts": one.tolist()}], "prompt_routed_experts": one[1:5].tolist()}, "were generated"),
+        (whole | {"choices": [{"routed_experts": one[:5].tolist()}]}, "than there are tokens"),
+        (flat | {"prompt_tokens": 5}, "prompt.s may be missing"),
+        (flat | {"completion_tokens": 4}, "lacks the prompt's rows"),
+        (
+            apart | {"choices": apart["choices"] * 2, "usage": {"prompt_tokens": 4, "completion_tokens": 4}},
+            "choices have other rows",
+        ),
+    ):
+        with pytest.raises(TraceValueError, match=said):
+            load_trace(write_answers(tmp_path, wrong))
+    claimed = base64.b64encode(npy_claiming((10**12, 2, 2))).decode()
+    for wrong, said in (
+        (whole | {"usage": None}, "cannot be told"),
+        (apart | {"choices": [{"routed_experts": None}]}, "no routed_experts"),
+        (apart | {"choices": [{"routed_experts": claimed}]}, "its own header"),
+        (apart | {"choices": []}, "choices"),
+        (apart | {"choices": [{"routed_experts": one[4:, :1].tolist()}]}, "different shapes"),
+        ({"choices": 3}, "choices"),
+        ({"meta_info": {}}, "has none"),
+        (flat | {"prompt_tokens": -1}, "whole number"),
+        ({"routed_experts": [[[1.5, 2]]]}, "fit the shape"),
+        ({"text": "routed_experts"}, "has none"),
+    ):
+        with pytest.raises(TraceFormatError, match=said):
+            load_trace(write_answers(tmp_path, apart, wrong, config={"num_experts": 8}))
+    with pytest.raises(TraceMismatchError, match="different models"):
+        load_trace(write_answers(tmp_path, apart, whole | {"model": "other"}))
+
+
+def npy_claiming(sizes):
+    file = io.BytesIO()
+    np.lib.format.write_array_header_1_0(file, {"descr": "<i4", "fortran_order": False, "shape": sizes})
+    return file.getvalue() + b"\0" * 16
+
+
+def test_prompts_apart_in_memory():
+    trace, one, two = server_answers()
+    read = from_routed_experts([one[4:], two[4:]], num_experts=8, prompts=[one[:4], two])
+    assert np.array_equal(read.expert_ids, trace.expert_ids)
+    assert read.phase.tolist() == [0] * 4 + [1] * 3 + [0] * 4
+    for prompts, more in (([one[:4]], {}), ([one[:4], two[0]], {}), ([one[:4], two], {"prompt_tokens": [4, 3]})):
+        with pytest.raises(TraceValueError, match="do not fit"):
+            from_routed_experts([one[4:], two[4:]], num_experts=8, prompts=prompts, **more)
+    with pytest.raises(TraceMismatchError):
+        from_routed_experts([one[4:]], num_experts=8, prompts=[one[:4, :1]])
+    with pytest.raises(TraceValueError, match=r"prompt_tokens do not fit.*prompts"):
+        from_routed_experts([one[4:]], num_experts=8, prompt_tokens=[4])

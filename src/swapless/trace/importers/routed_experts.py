@@ -1,24 +1,23 @@
-"""The ``routed_experts`` arrays that vLLM and SGLang return, in memory or saved one answer a line as JSON.
+"""The ``routed_experts`` that vLLM and SGLang return, in memory or saved as JSON: responses as they came, one a line.
 
-vLLM hands out an int array [tokens, blocks, K] for each answer, SGLang the same as base64 of int32 in ``meta_info``. Rows are
-the prompt's tokens and then the generated ones but the last, whose routing never ran. Dense blocks come as zeros.
+Either hands out ints [tokens, blocks, K]; what a line may look like is in ``_answers``. Dense blocks come as zeros.
 """
 
 from __future__ import annotations
 
-import base64
-import binascii
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from swapless.errors import TraceFormatError, TraceMismatchError, TraceValueError, message
+from swapless.errors import TraceFormatError, TraceMismatchError, TraceMissingError, TraceValueError, message
 from swapless.notation import Phase
 from swapless.trace.header import TraceHeader
+from swapless.trace.importers._answers import SHAPE_STEP, Shape, answers_of
 from swapless.trace.trace import Trace
+from swapless.untrusted import MAX_BYTES, Table, parse_json, read_json
 
 _SHAPE = ("num_experts", "top_k", "num_blocks")
 
@@ -27,6 +26,7 @@ def from_routed_experts(
     answers: Sequence[np.ndarray],
     *,
     num_experts: int,
+    prompts: Sequence[np.ndarray] | None = None,
     prompt_tokens: Sequence[int] | None = None,
     model_id: str | None = None,
     source: str = "routed_experts",
@@ -39,8 +39,12 @@ def from_routed_experts(
         As the server returned them. Blocks that are zero everywhere are dense and left out.
     num_experts : int
         E; the arrays do not say it.
+    prompts : sequence of int ndarray of shape (tokens, blocks, K), optional
+        Rows of the prompts, where the server hands them out apart (vLLM 0.21: ``prompt_routed_experts``); ``answers`` then hold
+        rows of generated tokens only, or none.
     prompt_tokens : sequence of int, optional
-        Tokens of each prompt: they are prefill, those after them decode. All are prefill when left out.
+        Tokens of each prompt: they are prefill, those after them decode. All are prefill when left out, or as many as
+        ``prompts`` have rows. An answer of fewer rows lacks those of its prompt, and is refused.
     model_id : str, optional
         The model.
 
@@ -54,6 +58,8 @@ def from_routed_experts(
     if not answers:
         raise TraceValueError(message("There is no answer.", got="0 arrays"))
     arrays = [np.asarray(answer) for answer in answers]
+    if prompts is not None:
+        arrays, prompt_tokens = _joined(prompts, arrays, prompt_tokens)
     for number, array in enumerate(arrays):
         if array.ndim != 3 or array.dtype.kind not in "iu":
             got = f"{array.dtype} {array.shape}"
@@ -67,10 +73,14 @@ def from_routed_experts(
     dense = (ids == 0).all(axis=(0, 2)) if ids.shape[2] > 1 else np.zeros(ids.shape[1], np.bool_)
     blocks = np.flatnonzero(~dense)
     lengths = [len(array) for array in arrays]
-    prompts = lengths if prompt_tokens is None else list(prompt_tokens)
-    if len(prompts) != len(lengths) or not all(0 <= p <= n for p, n in zip(prompts, lengths)):
-        raise TraceValueError(message("prompt_tokens do not fit the answers.", got=prompts[:8], allowed=f"up to {lengths[:8]}"))
-    codes = [np.repeat([int(Phase.PREFILL), int(Phase.DECODE)], [p, n - p]) for p, n in zip(prompts, lengths)]
+    counts = lengths if prompt_tokens is None else list(prompt_tokens)
+    if len(counts) != len(lengths) or not all(0 <= p <= n for p, n in zip(counts, lengths)):
+        what, step = (
+            "prompt_tokens do not fit the answers.",
+            "Give the prompts' rows as prompts, where the server has them apart.",
+        )
+        raise TraceValueError(message(what, got=counts[:8], allowed=f"up to {lengths[:8]}", step=step))
+    codes = [np.repeat([int(Phase.PREFILL), int(Phase.DECODE)], [p, n - p]) for p, n in zip(counts, lengths)]
     header = TraceHeader(
         model_id=model_id, num_experts=num_experts, top_k=ids.shape[2], moe_blocks=tuple(blocks.tolist()), source=source
     )
@@ -78,98 +88,144 @@ def from_routed_experts(
     return Trace.from_arrays(header, expert_ids=ids[:, blocks], document=document, phase=np.concatenate(codes))
 
 
+def _joined(prompts: Sequence[Any], arrays: list[np.ndarray], prompt_tokens: Any) -> tuple[list[np.ndarray], list[int]]:
+    """Whole answers of rows that were apart, and the length of each prompt."""
+    parts = [np.asarray(prompt) for prompt in prompts]
+    lengths = [len(part) for part in parts if part.ndim == 3]
+    if len(lengths) != len(arrays) or (prompt_tokens is not None and list(prompt_tokens) != lengths):
+        what, got = "prompts do not fit the answers.", f"{len(parts)} prompts of {lengths[:8]} rows"
+        allowed = f"{len(arrays)} arrays (tokens, blocks, K), as many rows as prompt_tokens"
+        raise TraceValueError(message(what, got=got, allowed=allowed))
+    for number, (part, array) in enumerate(zip(parts, arrays)):
+        if array.size and array.shape[1:] != part.shape[1:]:
+            where, theirs = f"answer {number}", part.shape[1:]
+            raise TraceMismatchError(
+                message("Prompt and answer of different models.", where=where, got=array.shape, allowed=theirs)
+            )
+    return [np.concatenate([part, array]) if array.size else part for part, array in zip(parts, arrays)], lengths
+
+
 def matches(path: Path) -> bool:
-    """Whether the first line of ``path`` is a JSON object with ``num_experts``, ``top_k`` and ``num_blocks``."""
+    """Whether ``path`` begins with a JSON object of a server's answer, or of a shape, whatever its name."""
     if not path.is_file():
         return False
     with open(path, "rb") as file:
-        start = file.readline(65536)
-    try:
-        first = json.loads(start)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError):
-        return False
-    return isinstance(first, dict) and set(_SHAPE) <= set(first)
+        start = file.read(1 << 16).lstrip()
+        if start[:1] not in (b"{", b"["):
+            return False
+        keys = (b'"routed_experts"', b'"prompt_routed_experts"')
+        line, _, rest = start.partition(b"\n")
+        if rest or len(start) < 1 << 16:
+            try:
+                if set(_SHAPE) <= set(json.loads(line)):
+                    return True
+            except (UnicodeDecodeError, ValueError, TypeError, RecursionError):
+                pass
+        while start:
+            if any(key in start for key in keys):
+                return True
+            start = start[-32:] + more if (more := file.read(1 << 20)) else b""
+    return False
 
 
 def load(path: Path, model_id: str | None = None) -> Trace:
-    """A file of JSON lines: the shape first, then one answer a line.
+    """Responses of a server: JSON lines, or one JSON document that is a response or a list of them.
 
-    The first line holds ``num_experts``, ``top_k``, ``num_blocks`` and perhaps ``model_id``; each other line
-    ``routed_experts`` (a nested list, or base64 of int32), at its top or in ``meta_info``, and perhaps ``prompt_tokens``.
+    Shape and model are those of a first line with ``num_experts``, ``top_k``, ``num_blocks`` and perhaps ``model_id``, or of
+    the model's ``config.json`` beside the file.
 
     Raises
     ------
     TraceFormatError
         A line that is no such object, or bytes that do not fit the shape.
+    TraceValueError
+        Rows that do not fit the tokens.
     TraceMismatchError
         Answers of more than one model, where the lines name it (``model``).
+    TraceMissingError
+        No such file.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise TraceFormatError(message("Not UTF-8 text.", where=path, got=str(error))) from error
-    shape = _object(lines[0] if lines else "", path, 1)
-    wrong = [name for name in _SHAPE if not (_is_int(shape.get(name)) and shape[name] > 0)]
-    if wrong:
-        what = "The first line lacks the shape."
-        raise TraceFormatError(message(what, where=path, got=", ".join(wrong), allowed="ints of at least 1"))
-    named = model_id or shape.get("model_id")
-    answers, prompts = [], []
-    for number, text in enumerate(lines[1:], start=2):
-        if not text.strip():
+    if not path.is_file():
+        raise TraceMissingError(message("No such file.", where=path))
+    shape, named = None, model_id
+    rows, prompts = [], []
+    for number, line in _objects(path):
+        where = f"{path}, line {number}"
+        if shape is None and set(_SHAPE) <= set(line):
+            sizes = [line.integer(name, minimum=1, maximum=1 << 20) for name in _SHAPE]
+            shape, named = Shape(*sizes), named or line.text("model_id", default=None)
             continue
-        line, where = _object(text, path, number), f"{path}, line {number}"
-        inner = {**line, **line["meta_info"]} if isinstance(line.get("meta_info"), dict) else line
-        answer = _decoded(inner.get("routed_experts"), shape, where)
-        if len(answer) == 0:
-            raise TraceValueError(message("A document without tokens.", where=where))
-        prompt = inner.get("prompt_tokens", len(answer))
-        if not _is_int(prompt) or prompt < 0:
-            raise TraceFormatError(message("prompt_tokens is no count.", where=where, got=repr(prompt)))
-        named = named or inner.get("model")
-        if inner.get("model", named) != named:
-            what = "Answers of different models."
-            raise TraceMismatchError(message(what, where=where, got=repr(inner["model"]), allowed=repr(named)))
-        answers.append(answer)
-        # The last token of an answer never ran, so a prompt may be one longer than its rows.
-        prompts.append(min(len(answer), prompt))
-    return from_routed_experts(answers, num_experts=shape["num_experts"], prompt_tokens=prompts, model_id=named)
+        shape = shape or _shape_beside(path)
+        for answer in answers_of(line, shape, where):
+            named = named or answer.model
+            if answer.model not in (None, named):
+                what = "Answers of different models."
+                raise TraceMismatchError(message(what, where=where, got=repr(answer.model), allowed=repr(named)))
+            rows.append(answer.rows)
+            prompts.append(answer.prompt)
+    if shape is None:
+        raise TraceFormatError(message("The file holds no answer.", where=path))
+    return from_routed_experts(rows, num_experts=shape.num_experts, prompt_tokens=prompts, model_id=named)
 
 
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def _objects(path: Path) -> Iterator[tuple[int, Table]]:
+    """Objects of a file with the numbers of their lines; those of a list one by one."""
+    with open(path, "rb") as file:
+        first = file.readline(MAX_BYTES + 1)
+        file.seek(0)
+        if _is_json(first):
+            for number, raw in enumerate(iter(lambda: file.readline(MAX_BYTES + 1), b""), start=1):
+                if raw.strip():
+                    yield from _tables(raw, path, number)
+        else:  # a document over several lines
+            yield from _tables(file.read(MAX_BYTES + 1), path, 1)
 
 
-def _object(text: str, path: Path, number: int) -> dict[str, Any]:
+def _is_json(line: bytes) -> bool:
     try:
-        value = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise TraceFormatError(message("Not a JSON line.", where=f"{path}, line {number}", got=str(error))) from error
-    if not isinstance(value, dict):
-        raise TraceFormatError(message("A line must be an object.", where=f"{path}, line {number}", got=type(value).__name__))
-    return value
+        json.loads(line)
+    except (UnicodeDecodeError, ValueError):
+        return False
+    except RecursionError:
+        return True
+    return True
 
 
-def _decoded(value: Any, shape: dict[str, Any], where: str) -> np.ndarray:
-    if isinstance(value, str):
-        try:
-            flat = np.frombuffer(base64.b64decode(value, validate=True), "<i4")
-        except (binascii.Error, ValueError) as error:
-            raise TraceFormatError(message("routed_experts is no base64 of int32.", where=where, got=str(error))) from error
-        row = shape["num_blocks"] * shape["top_k"]
-        if len(flat) % row:
-            raise TraceFormatError(message("routed_experts does not fit the shape.", where=where, got=f"{len(flat)} ids"))
-        return flat.reshape(-1, shape["num_blocks"], shape["top_k"])
-    try:
-        array = np.asarray(value)
-    except ValueError as error:
-        raise TraceFormatError(message("routed_experts is ragged.", where=where, got=str(error))) from error
-    if value == []:
-        return np.zeros((0, shape["num_blocks"], shape["top_k"]), np.int32)
-    if array.ndim != 3 or array.dtype.kind not in "iu" or array.shape[1:] != (shape["num_blocks"], shape["top_k"]):
-        got = f"{array.dtype} {array.shape}"
-        raise TraceFormatError(message("routed_experts does not fit the shape.", where=where, got=got))
-    return array
+def _tables(raw: bytes, path: Path, number: int) -> Iterator[tuple[int, Table]]:
+    where = f"{path}, line {number}"
+    value = parse_json(raw, where=where, error=TraceFormatError, what="JSON line")
+    for item in value if isinstance(value, list) and value else [value]:
+        if not isinstance(item, dict):
+            what = "A line must be an object, or a list of them."
+            raise TraceFormatError(message(what, where=where, got=type(item).__name__))
+        yield number, Table(item, where=where, error=TraceFormatError)
+
+
+_NAMES = {
+    "num_experts": ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts"),
+    "top_k": ("num_experts_per_tok", "num_experts_per_token", "moe_top_k", "moe_k", "moe_topk"),
+    "num_blocks": ("num_hidden_layers", "n_layer", "num_layers"),
+}
+"""What configurations of transformers call each of the sizes."""
+
+
+def _shape_beside(path: Path) -> Shape:
+    """The shape by the model's ``config.json`` beside the file."""
+    place = path.parent / "config.json"
+    if not place.is_file():
+        what = "Nothing says how many experts the model has; answers do not."
+        raise TraceFormatError(message(what, where=path, step=SHAPE_STEP))
+    config = read_json(place, error=TraceFormatError, what="configuration", special_floats=True)
+    if isinstance(config.raw("text_config", None), dict):
+        config = config.table("text_config")
+    found = {}
+    for size, names in _NAMES.items():
+        held = [name for name in names if config.raw(name, None) is not None]
+        found[size] = config.integer(held[0], minimum=1, maximum=1 << 20) if held else None
+    if found["num_experts"] is None:
+        what = "The config.json beside the file names no number of experts."
+        raise TraceFormatError(message(what, where=place, allowed=" or ".join(_NAMES["num_experts"]), step=SHAPE_STEP))
+    return Shape(found["num_experts"], found["top_k"], found["num_blocks"])
 
 
 class IMPORTER:
