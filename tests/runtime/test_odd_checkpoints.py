@@ -12,9 +12,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig
 
 from swapless.errors import CheckpointCorruptError, CheckpointMissingError, SwaplessError, UnsupportedCheckpointError
 from swapless.runtime import describe
+from swapless.runtime.door import model_config
+from swapless.store.headers import read_config
 
 GATE = "model.layers.1.mlp.experts.{}.gate_proj.weight"
 
@@ -107,6 +110,18 @@ def test_without_a_dtype_the_index_may_say_it(own_olmoe: Path, prompt: torch.Ten
 def test_a_dtype_that_no_model_is_computed_in(folder: Path, dtype: Any, load: Any) -> None:
     with pytest.raises(CheckpointCorruptError, match=r"config\.json|configuration"):
         load(configure(folder, dtype=dtype))
+
+
+@pytest.mark.parametrize("family", ["granitemoehybrid", "qwen3_moe", "gpt_oss", "llama4", "nemotron_h"])
+def test_a_configuration_is_read_as_transformers_reads_it(family: str, tmp_path: Path) -> None:
+    AutoConfig.for_model(family).save_pretrained(tmp_path)
+    values = read_config(tmp_path)
+    if family == "granitemoehybrid":
+        values["time_step_limit"] = [0.0, {"__float__": "Infinity"}]
+        (tmp_path / "config.json").write_text(json.dumps(values))
+    ours, theirs = model_config(tmp_path, values), AutoConfig.from_pretrained(tmp_path)
+    assert type(ours) is type(theirs)
+    assert ours.to_dict() | {"_name_or_path": ""} == theirs.to_dict() | {"_name_or_path": ""}
 
 
 def test_an_adapter_is_refused_by_name(folder: Path, load: Any) -> None:

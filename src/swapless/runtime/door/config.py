@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import CONFIG_MAPPING, PreTrainedModel
+from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 
 from swapless.errors import CheckpointCorruptError, UnsupportedCheckpointError, UnsupportedFamilyError, message
 from swapless.runtime.door.foreign import foreign_errors
@@ -65,7 +65,9 @@ def model_config(folder: Path, raw: Mapping[str, Any]) -> Any:
     """
     check_counts(raw, folder / CONFIG_NAME)
     with foreign_errors("transformers cannot make sense of config.json.", folder):
-        config = CONFIG_MAPPING[raw["model_type"]].from_dict(copy.deepcopy(dict(raw)))
+        # JSON has no infinity, and transformers writes one as an object.
+        values = PreTrainedConfig._decode_special_floats(copy.deepcopy(dict(raw)))
+        config = CONFIG_MAPPING[raw["model_type"]].from_dict(values)
         config.get_text_config()
     return config
 
