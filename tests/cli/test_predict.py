@@ -7,6 +7,7 @@ import json
 
 import pytest
 
+from swapless.predict.saved import load_predictor
 from swapless.trace import Trace, TraceHeader, write_trace
 from tests.predict.made import made_trace
 
@@ -95,6 +96,49 @@ def test_a_folder_of_csv_files_is_measured_directly(tmp_path, swapless):
     # One file alone: its tokens went where they went in training, those of prompt 11 did not.
     alone = json.loads(swapless("predict", "eval", out, measured / "prompt_1.csv", "--lead", "1", "--json").stdout)
     assert alone[0]["recall"] == 1 and 0 < whole[0]["recall"] < 1
+
+
+def test_a_predictor_is_tried_on_another_model_where_that_is_asked_for(traced, prior, tmp_path, swapless):
+    test, other = traced / "test.parquet", tmp_path / "other.parquet"
+    write_trace(other, made_trace(lengths=(21, 9), seed=5, model_id="made/moe-chat"))
+    refused = swapless("predict", "eval", prior, other)
+    assert refused.exit_code == 1 and "--other-model" in refused.stderr
+    found, own = (swapless("predict", "eval", prior, *rest, "--json") for rest in ((other, "--other-model"), (test,)))
+    assert found.exit_code == 0 and "fitted for made/moe, and is tried on made/moe-chat" in found.stderr
+    assert [row["recall"] for row in json.loads(found.stdout)] == [row["recall"] for row in json.loads(own.stdout)]
+    write_trace(other, made_trace(experts=16, model_id="made/moe-chat"))
+    refused = swapless("predict", "eval", prior, other, "--other-model")
+    assert refused.exit_code == 1 and "other experts" in refused.stderr
+
+
+def test_a_column_of_tokens_that_says_nothing_is_none(traced, prior, tmp_path, swapless):
+    empty = tmp_path / "empty.parquet"
+    for nothing in ([None] * 30, [""] * 30):
+        write_trace(empty, made_trace(lengths=(21, 9), seed=5, token=nothing))
+        for refused in (
+            swapless("predict", "eval", prior, empty),
+            swapless("predict", "train", empty, "--kind", "token_prior", "--out", tmp_path / "new"),
+        ):
+            assert refused.exit_code == 1 and "tokens" in refused.stderr, refused.stderr
+    write_trace(empty, made_trace(lengths=(21, 9), seed=5, token=[None] * 30, token_id=[1] * 30))
+    assert swapless("predict", "train", empty, "--kind", "token_prior", "--out", tmp_path / "new", "-q").exit_code == 0
+    assert load_predictor(tmp_path / "new").fitted_.vocabulary == "token_id"
+
+
+def test_numbers_of_rows_are_no_tokens(tmp_path, swapless):
+    """MoE-Beyond's predictions lie in files like its traces, whose column Token counts the rows."""
+    texts, numbered = tmp_path / "formatted", tmp_path / "predicted"
+    for folder, words in ((texts, ["a", "b", "c"]), (numbered, [0, 1, 2])):
+        folder.mkdir()
+        write_prompt(folder / "prompt_1.csv", [str(word) for word in words], shift=0)
+    path = numbered / "prompt_1.csv"
+    path.write_text(path.read_text().replace("Token,", "Token(index),"))
+    for kind, code in (("token_prior", 1), ("popularity", 0)):
+        out = tmp_path / kind
+        assert swapless("predict", "train", texts, "--kind", kind, "--out", out, "-q").exit_code == 0
+        done = swapless("predict", "eval", out, numbered, "--lead", "1", "--json")
+        assert done.exit_code == code and "numbers of rows" in done.stderr, done.stderr
+    assert "reads tokens" in swapless("predict", "eval", tmp_path / "token_prior", numbered).stderr
 
 
 def test_bad_input_is_said_in_one_message(traced, prior, tmp_path, swapless):

@@ -90,6 +90,9 @@ def evaluate(
     domain: Domain = None,
     phase: PhaseName = None,
     model_id: ModelId = None,
+    other_model: Annotated[
+        bool, typer.Option("--other-model", help="The trace is of another model of the same shape, as X-Chat and X.")
+    ] = False,
     html: Html = None,
     force: Force = False,
     threads: Threads = None,
@@ -114,7 +117,14 @@ def evaluate(
         chosen = chosen_trace(trace, documents=documents, domain=domain, phase=phase, model_id=model_id)
         set_threads(threads)
         rows = measure(
-            fitted, chosen, leads, widths=wide, skip_positions=skip_positions, progress=progress, warn=lambda s: out.note(s)
+            fitted,
+            chosen,
+            leads,
+            widths=wide,
+            skip_positions=skip_positions,
+            other_model=other_model,
+            progress=progress,
+            warn=lambda s: out.warn(s) if other_model else out.note(s),
         )
     out.document(rows)
     _print(out, rows, len(chosen), fitted.fitted_.top_k)

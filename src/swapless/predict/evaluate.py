@@ -34,6 +34,7 @@ def evaluate(
     skip_positions: int = 0,
     piece_tokens: int = 4096,
     seed: int = 0,
+    other_model: bool = False,
     progress: Progress = quiet,
     warn: Callable[[str], None] | None = None,
 ) -> list[dict[str, Any]]:
@@ -55,6 +56,8 @@ def evaluate(
         Whole documents of about so many tokens are scored at once.
     seed : int
         Of the points at which the cut is checked.
+    other_model : bool
+        Measure it on a trace of another model of the same shape, and say so by ``warn``.
     progress : callable
         Told stage and share done.
     warn : callable, optional
@@ -74,7 +77,7 @@ def evaluate(
     UsageError
         A lead or width that cannot be, or no token left to measure.
     """
-    sentence = predictor.require_fitted().check(trace)
+    sentence = predictor.require_fitted().check(trace, other_model=other_model)
     if sentence is not None and warn is not None:
         warn(sentence)
     trace = trace.grouped()

@@ -143,8 +143,10 @@ class Fitted:
             **more,
         )
 
-    def check(self, trace: Trace) -> str | None:
+    def check(self, trace: Trace, *, other_model: bool = False) -> str | None:
         """Whether ``trace`` is of the same model; a sentence of warning where that cannot be told from its header.
+
+        ``other_model`` lets another name pass, with a sentence too: a model and its fine-tuned kin have the same shape.
 
         Raises
         ------
@@ -153,6 +155,7 @@ class Fitted:
         """
         header = trace.header
         step = "Use a predictor of the trace's model, or train one: swapless predict train."
+        kin = f"{step} To try it all the same: predict eval --other-model."
         for name, ours, theirs in (
             ("MoE layers", self.num_moe_layers, trace.num_moe_layers),
             ("experts a token", self.top_k, trace.top_k),
@@ -161,18 +164,21 @@ class Fitted:
                 what = f"The trace has another number of {name} than the predictor's model."
                 raise PredictorMismatchError(message(what, got=theirs, allowed=ours, step=step))
         named = header.model_id is not None and self.model_id is not None
-        if named and header.model_id != self.model_id:
+        other = named and header.model_id != self.model_id
+        if other and not other_model:
             what = "The predictor was fitted for another model."
-            raise PredictorMismatchError(message(what, got=header.model_id, allowed=self.model_id, step=step))
+            raise PredictorMismatchError(message(what, got=header.model_id, allowed=self.model_id, step=kin))
         wrong = header.num_experts != self.num_experts if named else int(trace.expert_ids.max()) >= self.num_experts
         if wrong:
             what = "The trace has other experts than the predictor's model."
             got = header.num_experts if named else int(trace.expert_ids.max())
             allowed = self.num_experts if named else f"ids below {self.num_experts}"
             raise PredictorMismatchError(message(what, got=got, allowed=allowed, step=step))
-        if self.vocabulary is not None and getattr(trace, self.vocabulary) is None:
+        if self.vocabulary is not None and not has_tokens(trace, self.vocabulary):
             what = f"The predictor reads tokens ({self.vocabulary}), and the trace has none."
             raise PredictorMismatchError(message(what, step="Record the trace with them, or use a predictor that needs none."))
+        if other:
+            return f"The predictor was fitted for {self.model_id}, and is tried on {header.model_id}; shapes agree."
         if named:
             return None
         side, taken = ("trace", self.model_id) if self.model_id else ("predictor", header.model_id)
@@ -262,9 +268,18 @@ def token_kind(trace: Trace) -> TokenKind:
     PredictorMismatchError
         Neither.
     """
-    if trace.token is not None:
-        return "token"
-    if trace.token_id is not None:
-        return "token_id"
+    for kind in _KINDS:
+        if has_tokens(trace, kind):
+            return kind
     what = "This predictor reads tokens, and the trace has neither texts nor ids of them."
     raise PredictorMismatchError(message(what, step="Record the trace with them, or choose a predictor that needs none."))
+
+
+_KINDS: tuple[TokenKind, ...] = ("token", "token_id")
+
+
+def has_tokens(trace: Trace, kind: TokenKind) -> bool:
+    """Whether the column ``kind`` says anything: one that is all null, all empty texts or all -1 does not."""
+    if kind == "token_id":
+        return trace.token_id is not None and bool((trace.token_id >= 0).any())
+    return trace.token is not None and any(trace.tokens or [])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import logging
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,13 +16,15 @@ from swapless.notation import NO_EXPERT, Phase
 from swapless.trace.header import TraceHeader
 from swapless.trace.trace import Trace
 
+_LOG = logging.getLogger(__name__)
+
 COLUMNS = ("Layer ID", "Token", "Activated Expert IDs")
 NUM_EXPERTS = 64
 """E of DeepSeek-V2-Lite, the one model whose traces exist in this form; the files do not say it."""
 
 
 class Prompt(NamedTuple):
-    """One file: tokens, block indices, and ids of shape (T, L, K)."""
+    """One file: tokens (numbers of rows, where they hold nothing else), block indices, and ids of shape (T, L, K)."""
 
     tokens: list[str]
     blocks: tuple[int, ...]
@@ -30,7 +33,12 @@ class Prompt(NamedTuple):
 
 def matches(path: Path) -> bool:
     """Whether ``path`` is a folder that holds a CSV file with the known columns, or is such a file itself."""
-    return any(set(COLUMNS) <= set(_first_line(file)) for file in _files(path))
+    return any(set(COLUMNS) <= {_plain(name) for name in _first_line(file)} for file in _files(path))
+
+
+def _plain(name: str) -> str:
+    """A column's name without what stands in brackets behind it, as in ``Token(index)``."""
+    return name.split("(")[0].strip()
 
 
 def _first_line(file: Path) -> list[str]:
@@ -80,8 +88,18 @@ def load(path: Path, model_id: str | None = None, *, num_experts: int = NUM_EXPE
         expert_ids=np.concatenate([prompt.ids for prompt in prompts]),
         document=np.repeat(np.arange(len(prompts)), [len(prompt.tokens) for prompt in prompts]),
         phase=Phase.PREFILL,
-        token=[token for prompt in prompts for token in prompt.tokens],
+        token=_texts(path, prompts),
     )
+
+
+def _texts(path: Path, prompts: list[Prompt]) -> list[str] | None:
+    """Tokens of all prompts, None where the files number their rows instead of saying the tokens."""
+    numbered = [prompt.tokens == [str(row) for row in range(len(prompt.tokens))] for prompt in prompts]
+    if not all(numbered):
+        return [token for prompt in prompts for token in prompt.tokens]
+    what = "The column Token holds numbers of rows, as in MoE-Beyond's predicted_csvs: the trace has no tokens."
+    _LOG.warning(message(what, where=path, step="Take formatted_csvs for a predictor that reads tokens."))
+    return None
 
 
 def read_prompt(file: Path) -> Prompt:
@@ -128,7 +146,8 @@ def _rows(file: Path) -> Iterator[tuple[int, dict[str, str]]]:
     try:
         with open(file, encoding="utf-8", newline="") as lines:
             reader = csv.DictReader(lines)
-            missing = [name for name in COLUMNS if name not in (reader.fieldnames or ())]
+            reader.fieldnames = [_plain(name) for name in reader.fieldnames or ()]
+            missing = [name for name in COLUMNS if name not in reader.fieldnames]
             if missing:
                 raise TraceFormatError(message("A CSV file lacks columns.", where=file.name, got=", ".join(missing)))
             for row in reader:
