@@ -138,6 +138,7 @@ def test_a_conversation_at_a_terminal(chat, tmp_path):
     assert history.stat().st_mode & 0o777 == 0o600 and "/sytem" in history.read_text()
 
 
+@pytest.mark.slow
 def test_several_lines_and_the_end_of_input(chat, tmp_path):
     terminal = chat("--max-new-tokens", 3)
     terminal.until("> ")

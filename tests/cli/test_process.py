@@ -47,6 +47,7 @@ def test_ctrl_c_while_generating_leaves_nothing_running(start):
         os.killpg(process.pid, 0)
 
 
+@pytest.mark.slow
 def test_a_closed_pipe_is_no_crash(start):
     process = start(*_LONG)
     assert process.stdout.read(1)

@@ -105,6 +105,7 @@ def test_demo_shows_three_residencies_of_one_text(swapless):
         assert words in done.stdout
 
 
+@pytest.mark.slow
 def test_demo_as_json(swapless):
     shown = json.loads(swapless("demo", "--json").stdout)
     assert shown["identical"]

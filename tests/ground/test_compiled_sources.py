@@ -79,6 +79,7 @@ def test_a_changed_rule_runs_whatever_its_time_and_numbas_own_cache(copy):
     assert not numba.exists() and everything(copy / "src") == before
 
 
+@pytest.mark.slow
 def test_code_of_stale_bytecode_is_not_that_of_the_sources(copy):
     ring = copy / "src" / "swapless" / "cache" / "ring.py"
     when = int(ring.stat().st_mtime)
@@ -109,6 +110,7 @@ def test_where_nothing_can_be_written_one_line_says_so(copy):
     assert "anew in every process" in line
 
 
+@pytest.mark.slow
 def test_processes_that_compile_at_once(copy):
     clean = {**os.environ, "PYTHONPATH": str(copy / "src"), "SWAPLESS_CACHE_DIR": str(copy / "cache")}
     command = [sys.executable, "-c", RENEW]
@@ -167,6 +169,7 @@ def begin(copy: Path, name: str) -> str:
     return said(copy, f"NAME = {name!r}\n" + BEGIN, PYTHONPATH=f"{copy / 'src'}{os.pathsep}{copy / 'plug'}")
 
 
+@pytest.mark.slow
 def test_a_plug_in_that_changes_and_goes(copy, plug_in):
     assert begin(copy, "counting") == "[1] 0"
     assert begin(copy, "counting") == "[1] 1"

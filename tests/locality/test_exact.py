@@ -10,7 +10,7 @@ from swapless.locality import sch_lookahead, sch_static, srp
 from swapless.testing import random_trace
 from tests.locality.twins import all_experts, simulate, srp_by_search, static_by_sorting
 
-SEEDS = range(120)
+SEEDS = [pytest.param(seed, marks=() if seed < 36 else pytest.mark.slow) for seed in range(120)]
 
 
 def trace_of(seed):

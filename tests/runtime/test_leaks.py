@@ -72,12 +72,16 @@ def _size(line: str) -> int:
     return end - first
 
 
-@pytest.fixture(autouse=True)
-def nothing_stays(olmoe: Path) -> Iterator[None]:
-    """After the test all is as before it; a first load has made ready what is made once a process."""
+@pytest.fixture(scope="module")
+def first_load(olmoe: Path) -> None:
+    """What is made once a process has been made."""
     with swapless.load(olmoe, resident=0.25, context=64) as model:
         model(input_ids=torch.ones((1, 4), dtype=torch.long))
-    del model
+
+
+@pytest.fixture(autouse=True)
+def nothing_stays(first_load: None) -> Iterator[None]:
+    """After the test all is as before it."""
     before = holdings()
     yield
     after = holdings()
@@ -117,13 +121,22 @@ def test_failed_loads_leave_nothing(how: str, own_olmoe: Path) -> None:
     harm(own_olmoe)
     if "prefetch" in options:
         options = options | {"prefetch": own_olmoe / options["prefetch"]}
-    for _ in range(3):
+    for _ in range(2):
         with pytest.raises(error):
             swapless.load(own_olmoe, context=64, **options)
 
 
-@pytest.mark.parametrize("number", range(5))
-@pytest.mark.parametrize("packed", [False, True])
+FAST_STAGES = {(False, 2), (True, 4)}
+
+
+@pytest.mark.parametrize(
+    "packed, number",
+    [
+        pytest.param(packed, number, marks=() if (packed, number) in FAST_STAGES else pytest.mark.slow)
+        for packed in (False, True)
+        for number in range(5)
+    ],
+)
 def test_a_load_that_is_stopped_at_any_stage_leaves_nothing(number: int, packed: bool, qwen3_moe: Path, store: Path) -> None:
     folder, options = (store, {"prefetch": "gate"}) if packed else (qwen3_moe, {})
     stages = []
@@ -164,7 +177,7 @@ def files_of_a_load() -> set[str]:
     return {str(module.__file__) for module in (engine, fetch, loader, memory, model, parts, pool, checkpoint, probe, read)}
 
 
-@pytest.mark.parametrize("points", [12, pytest.param(150, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("points", [4, pytest.param(150, marks=pytest.mark.slow)])
 def test_ctrl_c_at_any_line_of_a_load_leaves_nothing(points: int, olmoe: Path) -> None:
     files = files_of_a_load()
     lines = lines_of_a_load(olmoe, files)
@@ -222,10 +235,10 @@ def test_200_loads_in_one_process(olmoe: Path) -> None:
 # -- models that nobody closes ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("prefetch", ["none", "gate"])
+@pytest.mark.parametrize("prefetch", [pytest.param("none", marks=pytest.mark.slow), "gate"])
 def test_models_that_are_forgotten_close_themselves(prefetch: str, olmoe: Path) -> None:
     before = holdings()
-    for _ in range(5):
+    for _ in range(3):
         model = swapless.load(olmoe, resident=0.25, context=64, prefetch=prefetch)
         model(input_ids=torch.ones((1, 4), dtype=torch.long))
     del model
