@@ -174,3 +174,16 @@ def test_foreign_traces_are_known_by_content_to_every_verb(swapless, tmp_path, m
     else:  # nothing to judge
         assert (done.exit_code, done.stdout) == (1, "") and "no decode steps" in done.stderr
     assert "documents" in swapless("info", path).stdout
+
+
+@pytest.mark.parametrize("content", ['{"layers": [[1, 2]]}', "INFO layer 0 experts [1, 2]\n", "layer,expert\n0,3\n"])
+def test_a_file_of_ones_own_making_is_told_which_forms_are_read(swapless, tmp_path, content):
+    path = tmp_path / "routing.log"
+    path.write_text(content)
+    for verb, options in VERBS.items():
+        done = swapless(verb, path, *options)
+        assert (done.exit_code, done.stdout, done.stderr.count("\n")) == (1, "", 1), done.stderr
+        for words in (str(path), "layer", "moe-beyond", "npz", "routed_experts", "docs/formats/trace.md"):
+            assert words in done.stderr, (verb, done.stderr)
+    done = swapless("plan", path, "--memory", "2GiB")
+    assert done.exit_code == 1 and str(path) in done.stderr and "layer" in done.stderr

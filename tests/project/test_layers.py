@@ -10,7 +10,7 @@ import pytest
 
 SOURCE = Path(__file__).resolve().parents[2] / "src" / "swapless"
 GROUND = {"notation", "units", "errors", "registry", "atomic", "untrusted", "folders", "processors", "control_groups", "locks"}
-GROUND |= {"arrays", "portable", "compiled", "compiled_key", "compiled_store", "onednn"}
+GROUND |= {"arrays", "content", "portable", "compiled", "compiled_key", "compiled_store", "onednn"}
 ALLOWED = {
     "trace": set(),
     "store": set(),

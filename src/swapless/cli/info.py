@@ -8,7 +8,10 @@ from typing import Annotated, Any
 import typer
 
 from swapless.cli import _options as options
+from swapless.cli import early
 from swapless.cli.out import Out
+from swapless.content import content_of
+from swapless.errors import CheckpointMissingError, TraceFormatError, message
 from swapless.units import format_size
 
 __all__ = ["info", "info_checkpoint"]
@@ -22,12 +25,19 @@ def info(
 
     A checkpoint is read from its configuration and file headers alone.
     """
-    if _is_trace(Path(path)):
+    place = Path(path)
+    if _is_trace(place):
         from swapless.cli.info_trace import info_trace
 
-        info_trace(Path(path), as_json)
-    else:
-        info_checkpoint(path, as_json)
+        info_trace(place, as_json)
+        return
+    try:
+        early.checkpoint(path)
+    except CheckpointMissingError:
+        if place.is_file():
+            raise _unknown(place) from None
+        raise
+    info_checkpoint(path, as_json)
 
 
 def info_checkpoint(checkpoint: str, as_json: bool) -> None:
@@ -61,6 +71,20 @@ def _facts(found: Any) -> list[tuple[str, str]]:
         ("smallest useful budget", f"{format_size(found.smallest_budget_bytes)} for the whole process"),
         *(("note", note) for note in found.notes),
     ]
+
+
+def _unknown(place: Path) -> TraceFormatError:
+    from swapless.trace.importers import known_forms
+
+    return TraceFormatError(
+        message(
+            "This is neither a checkpoint nor a trace.",
+            where=place,
+            got=content_of(place),
+            allowed=f"a folder with config.json and safetensors shards, or {known_forms()}",
+            step="docs/formats/trace.md shows how to write a trace from arrays.",
+        )
+    )
 
 
 def _is_trace(path: Path) -> bool:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from swapless.content import content_of
 from swapless.errors import (
     CheckpointCorruptError,
     CheckpointMissingError,
@@ -97,7 +98,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         if suffix in _OTHER_FORMATS:
             raise UnsupportedCheckpointError(_wrong_format(suffix, folder)) from error
         raise CheckpointMissingError(
-            message("A checkpoint is a folder with config.json and safetensors shards.", got=f"the file {folder}")
+            message("A checkpoint is a folder with config.json and safetensors shards.", where=folder, got=content_of(folder))
         ) from error
     except (OSError, ValueError) as error:  # a path with a zero byte
         raise CheckpointMissingError(

@@ -1,6 +1,7 @@
 """Foreign traces: one file a format, recognised by content, or named on request.
 
-An importer is a module with ``matches(path) -> bool``, which looks at the content, and ``load(path, model_id) -> Trace``.
+An importer has ``matches(path) -> bool``, which looks at the content, ``load(path, model_id) -> Trace``, and perhaps ``reads``,
+the form in a few words for messages.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from swapless.content import content_of
 from swapless.errors import TraceError, TraceFormatError, TraceMismatchError, TraceMissingError, message
 from swapless.registry import Registry
 from swapless.trace.header import TraceHeader
@@ -66,14 +68,14 @@ def load_trace(
 
 
 def importer_of(path: str | os.PathLike[str]) -> Any | None:
-    """The importer that knows the content of ``path``, or None for our own form and for a file that nobody knows.
+    """The importer that knows the content of ``path``, or None for our own form, Parquet by content or by name.
 
     Raises
     ------
     TraceMissingError
         Nothing at ``path``.
     TraceFormatError
-        A folder that nobody knows.
+        What nobody knows; the message says what it seems to be, and what is known.
     """
     place = Path(path)
     if not place.exists():
@@ -84,10 +86,16 @@ def importer_of(path: str | os.PathLike[str]) -> Any | None:
         found = IMPORTERS.get(name)
         if found.matches(place):
             return found
-    if place.is_file():
+    if place.is_file() and place.suffix == ".parquet":
         return None
-    known = "a Parquet trace, or what these read: " + ", ".join(IMPORTERS.names())
-    raise TraceFormatError(message("This is no trace.", where=path, allowed=known))
+    step = "docs/formats/trace.md shows how to write one from arrays."
+    raise TraceFormatError(message("This is no trace.", where=path, got=content_of(place), allowed=known_forms(), step=step))
+
+
+def known_forms() -> str:
+    """The forms of traces that are read, each in a few words."""
+    forms = {name: getattr(IMPORTERS.get(name), "reads", "") for name in IMPORTERS.names()}
+    return ", or ".join(["a Parquet trace", *(f"{reads} ({name})" if reads else name for name, reads in forms.items())])
 
 
 def is_parquet(path: Path) -> bool:

@@ -180,5 +180,6 @@ def _files(path: Path) -> list[Path]:
 class IMPORTER:
     """What the registry hands out."""
 
+    reads = "CSV files, one a prompt, with the columns Layer ID, Token, Activated Expert IDs"
     matches = staticmethod(matches)
     load = staticmethod(load)

@@ -102,5 +102,6 @@ def load(path: Path, model_id: str | None = None) -> Trace:
 class IMPORTER:
     """What the registry hands out."""
 
+    reads = "an archive of the arrays expert_ids, offsets and num_experts"
     matches = staticmethod(matches)
     load = staticmethod(load)

@@ -231,5 +231,6 @@ def _shape_beside(path: Path) -> Shape:
 class IMPORTER:
     """What the registry hands out."""
 
+    reads = "lines of JSON with vLLM's or SGLang's routed_experts, the first with num_experts, top_k, num_blocks"
     matches = staticmethod(matches)
     load = staticmethod(load)
