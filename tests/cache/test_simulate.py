@@ -140,6 +140,35 @@ def test_the_published_protocol(tmp_path):
     assert (plain["requests"], plain["capacity_experts"]) == (4, 12)
     assert foreseen["hit_rate"] == 1.0 and foreseen["prediction_hits"] == 4
     assert plain["hit_rate"] < 1.0 and plain["loads_per_request"] == foreseen["loads_per_request"]
+    counted = run("--protocol", "moe-beyond", "--predictions", tmp_path, "--capacity", "12,0.1", "--json")
+    rows = json.loads(counted.stdout)
+    assert [row["hits"] for row in rows] == [plain["hits"]] * 2 + [foreseen["hits"]] * 2
+    assert [row["capacity_fraction"] for row in rows] == [12 / 128, 0.1] * 2
+    table = run("--protocol", "moe-beyond", "--predictions", tmp_path, "--capacity", "12").stdout
+    assert "filled at random for every text" in table
+    for wrong, said in (
+        (["--policy", "lru,lfu"], "--policy"),
+        (["--state", "keep"], "--state"),
+        (["--capacity", "129"], "1 to 128"),
+    ):
+        refused = run("--protocol", "moe-beyond", "--predictions", tmp_path, *wrong)
+        assert refused.exit_code and said in refused.stderr and not refused.stdout, refused.stderr
+
+
+def test_every_table_names_its_state_and_its_optimum(file):
+    for arguments, said in (
+        ([], "One cache a MoE layer, kept from document to document, the experts of a token at once; optimum: belady,"),
+        (
+            ["--pool", "shared", "--state", "reset", "--request-model", "single", "--policy", "lru"],
+            "emptied for every document, one",
+        ),
+        (
+            ["--device", "SATA", "--prefetch", "clairvoyant", "--pool", "floor"],
+            "over all MoE layers, K a layer kept, kept from",
+        ),
+    ):
+        found = run(file, "--capacity", "0.5", *arguments)
+        assert found.exit_code == 0 and said in " ".join(found.stdout.split()), found.stdout
 
 
 @pytest.mark.slow
@@ -162,7 +191,7 @@ def test_processes_change_nothing():
         (["--pool", "heap"], "layer, shared, floor"),
         (["--request-model", "batch"], "token, single"),
         (["--protocol", "moe-beyond"], "--predictions DIR"),
-        (["--protocol", "moe-beyond", "--predictions", ".", "--capacity", "166"], "takes shares"),
+        (["--protocol", "moe-beyond", "--predictions", "."], "alone. Got: TRACE"),
         (["--protocol", "moe-beyon"], "Did you mean 'moe-beyond'"),
         (["--prefetch", "clairvoyant"], "--device NAME"),
         (["--lead", "2"], "--prefetch P"),

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from swapless.errors import TraceFormatError, message
+from swapless.errors import CapacityError, TraceFormatError, message
 
 WARMUP_TOKENS = 10
 _COLUMNS = ("Layer ID", "Token", "Activated Expert IDs", "Predicted Expert IDs")
@@ -56,16 +56,16 @@ def read_predictions(folder: str | os.PathLike[str]) -> list[Rows]:
 
 
 def moe_beyond(
-    texts: list[Rows], fraction: float, *, num_experts: int = 64, prefetch: bool = True, seed: int = 0
+    texts: list[Rows], size: float | int, *, num_experts: int = 64, prefetch: bool = True, seed: int = 0
 ) -> dict[str, Any]:
-    """Replay the protocol at a cache of ``fraction`` of all experts.
+    """Replay the protocol at one cache size.
 
     Parameters
     ----------
     texts : list of rows
         As :func:`read_predictions` gives them.
-    fraction : float
-        Share of all experts that the cache holds.
+    size : float or int
+        Share of all experts that the cache holds, or their number.
     num_experts : int
         E, which the files do not say.
     prefetch : bool
@@ -77,10 +77,18 @@ def moe_beyond(
     -------
     dict
         ``requests``, ``hits``, ``hit_rate``, ``prediction_hits``, ``loads_per_request``, ``capacity_experts``.
+
+    Raises
+    ------
+    CapacityError
+        No room for one expert, or for more than there are.
     """
     layers = sorted({row[1] for rows in texts for row in rows})
     keys = [(layer, expert) for layer in layers for expert in range(num_experts)]
-    capacity = int(len(keys) * fraction)
+    capacity = int(len(keys) * size) if isinstance(size, float) else size
+    if not 1 <= capacity <= len(keys):
+        got, allowed = f"{size} of {len(keys)} experts", f"1 to {len(keys)} in all, or a share of them"
+        raise CapacityError(message("The cache cannot hold so many experts.", got=got, allowed=allowed))
     rng = np.random.default_rng(seed)
     requests = hits = foreseen = loads = 0
     for rows in texts:
@@ -111,7 +119,7 @@ def moe_beyond(
     return {
         "protocol": "moe-beyond",
         "policy": "lru + predictions" if prefetch else "lru",
-        "capacity_fraction": fraction,
+        "capacity_fraction": size if isinstance(size, float) else capacity / len(keys),
         "capacity_experts": capacity,
         "pool": "shared",
         "request_model": "single",

@@ -135,7 +135,7 @@ def _numbered(
         pools, staging = pools.less(staging_room(foresight, trace, conditions.device, **sizes), top_k)
         foresight = replace(foresight, staging_experts=staging)
     found = replay(trace, policy, pools, request_model=conditions.request_model, **options)
-    row: dict[str, Any] = {**found.row(), "tokens_per_s": None}
+    row: dict[str, Any] = {**found.row(), "state": conditions.state, "tokens_per_s": None}
     if conditions.device is not None:
         timed = timeline(trace, policy, pools, conditions.device, block=conditions.block, foresight=foresight, **options)
         row |= {**timed.row(), "staging_experts": staging}

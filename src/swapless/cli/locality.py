@@ -14,6 +14,9 @@ from swapless.cli.out import Out
 
 __all__ = ["locality"]
 
+STATE = "emptied for every document, first uses as misses"
+OPTIMUM = "optimum: belady, which takes in what misses"
+
 
 def locality(
     traces: Annotated[list[Path], typer.Argument(metavar="TRACE...", help="Traces to measure; several are compared.")],
@@ -93,7 +96,11 @@ def _print(out: Out, result: dict[str, Any]) -> None:
         if found["working_set", None, "layer_mean", m, None, None]["value"] is None:  # no document is that long
             shown = ["-", shown[1], "-", "-"]
         table.append([f"{m}", *shown, *map(_percent, sch)])
-    out.table(columns, table, title="Segment routing best performance and segment cache best hit rate (look-ahead)")
+    out.table(
+        columns,
+        table,
+        title="Segment routing best performance; segment cache best hit rate, the optimum of one set a segment (look-ahead)",
+    )
     curves = []
     for variant in ("lru", "lfu", "belady"):
         rates = [found["hit_rate", variant, "layer_mean", None, c, "miss"] for c in marks.values()]
@@ -101,7 +108,7 @@ def _print(out: Out, result: dict[str, Any]) -> None:
     out.table(
         ["policy", *(f"{c} of {experts} experts" for c in marks.values())],
         curves,
-        title="Hit rate of one cache a MoE layer, first uses as misses (random routing)",
+        title=f"Hit rate of one cache a MoE layer, {STATE}; {OPTIMUM} (random routing)",
     )
     out.text(result["verdict"]["sentence"] + "\n")
 

@@ -20,6 +20,7 @@ __all__ = ["simulate"]
 
 
 def simulate(
+    context: typer.Context,
     trace: Annotated[Path | None, typer.Argument(metavar="TRACE", help="The trace to replay.")] = None,
     policy: Annotated[str, typer.Option(metavar="LIST", help="Policies, the optima belady and belady_bypass among them.")] = (
         "lru,lfu,next_use,belady"
@@ -71,9 +72,9 @@ def simulate(
     output("--html", html, force=force, inputs=(trace, prefetch, predictions))
     sizes = _capacities(capacity)
     if protocol is not None or predictions is not None:
-        rows = _published(protocol, predictions, sizes)
+        rows = _published(context, protocol, predictions, sizes)
         out.document(rows)
-        _print(out, rows, "loads_per_request")
+        _print(out, rows, "loads_per_request", _PUBLISHED)
         return
     if trace is None:
         raise UsageError("Name a trace to replay: swapless simulate TRACE.")
@@ -96,7 +97,7 @@ def simulate(
     _say_sizes(out, sizes, rows)
     out.document(rows)
     if ahead is None:
-        _print(out, rows, "tokens_per_s")
+        _print(out, rows, "tokens_per_s", _title(rows[0]))
     else:
         _print_ahead(out, rows)
     if html is not None:
@@ -140,25 +141,40 @@ def _capacities(text: str) -> list[float | int]:
     return sizes
 
 
-def _published(protocol: str | None, predictions: Path | None, sizes: list[float | int]) -> list[dict[str, Any]]:
+_OF_THE_PROTOCOL = ("protocol", "predictions", "capacity", "json", "quiet")
+_PUBLISHED = "One LRU cache over all MoE layers, filled at random for every text, one expert at a time; no optimum"
+
+
+def _published(
+    context: typer.Context, protocol: str | None, predictions: Path | None, sizes: list[float | int]
+) -> list[dict[str, Any]]:
     from swapless.cache.moe_beyond import moe_beyond, read_predictions
-    from swapless.errors import CapacityError, UnknownNameError, UsageError, message
+    from swapless.errors import UnknownNameError, UsageError, message
 
     if protocol != "moe-beyond":
         raise UnknownNameError.of("protocol", str(protocol), ["moe-beyond"])
     if predictions is None:
         raise UsageError("The protocol moe-beyond replays predictions from files: give --predictions DIR.")
-    shares = [size for size in sizes if isinstance(size, float)]
-    if len(shares) < len(sizes):
-        counts = ", ".join(str(size) for size in sizes if not isinstance(size, float))
-        raise CapacityError(
-            message("The protocol moe-beyond takes shares of all experts.", got=counts, allowed="0.1, 0.25, ...")
-        )
+    said = [name for name in context.params if str(getattr(context.get_parameter_source(name), "name", "")) == "COMMANDLINE"]
+    others = [name for name in said if name not in _OF_THE_PROTOCOL]
+    if others:
+        named = ", ".join("TRACE" if name == "trace" else f"--{name.replace('_', '-')}" for name in others)
+        what = "The protocol moe-beyond has its own rules, and replays predictions alone."
+        raise UsageError(message(what, got=named, allowed="--predictions, --capacity, --json, --quiet"))
     texts = read_predictions(predictions)
-    return [moe_beyond(texts, share, prefetch=prefetch) for prefetch in (False, True) for share in shares]
+    return [moe_beyond(texts, size, prefetch=prefetch) for prefetch in (False, True) for size in sizes]
 
 
-def _print(out: Out, rows: list[dict[str, Any]], last: str) -> None:
+def _title(row: dict[str, Any]) -> str:
+    """What the figures of a table hold for: the caches, their state, how experts are asked for, and the optimum."""
+    caches = {"layer": "One cache a MoE layer", "shared": "One cache over all MoE layers"}
+    kept = "kept from document to document" if row["state"] == "keep" else "emptied for every document"
+    asked = "the experts of a token at once" if row["request_model"] == "token" else "one expert at a time"
+    optimum = "optimum: belady, which must take in what misses (belady_bypass need not)"
+    return f"{caches.get(row['pool'], 'One cache over all MoE layers, K a layer kept')}, {kept}, {asked}; {optimum}"
+
+
+def _print(out: Out, rows: list[dict[str, Any]], last: str, title: str) -> None:
     """One line a row."""
     columns = ["policy", "experts", "hit rate", "GB a token", last.replace("_", " ")]
     table = []
@@ -174,7 +190,7 @@ def _print(out: Out, rows: list[dict[str, Any]], last: str) -> None:
                 "-" if figure is None else format_rate(figure),
             ]
         )
-    out.table(columns, table)
+    out.table(columns, table, title=title)
 
 
 def _print_ahead(out: Out, rows: list[dict[str, Any]]) -> None:
@@ -196,6 +212,6 @@ def _print_ahead(out: Out, rows: list[dict[str, Any]]) -> None:
                 *counts,
             ]
         )
-    out.table(columns, table)
+    out.table(columns, table, title=_title(rows[0]))
     for sentence in losses(rows):
         out.text(sentence)
