@@ -40,6 +40,7 @@ next step; :func:`message` builds it so that none is forgotten.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 
 
@@ -57,7 +58,23 @@ def message(what: str, *, where: object = None, got: object = None, allowed: obj
             parts.append(f"{label}: {value}.")
     if step:
         parts.append(step)
-    return " ".join(parts)
+    return written_out(" ".join(parts))
+
+
+UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+"""What a terminal obeys or cannot show: control characters but newline and tab, turns of the writing direction, halves of
+surrogate pairs (a byte of a name that is not UTF-8)."""
+
+
+def written_out(text: str) -> str:
+    """``text`` with everything that a terminal would obey as an escape; a name out of a file may hold anything.
+
+    Examples
+    --------
+    >>> print(written_out("a" + chr(27) + "[31mb"))
+    a\\x1b[31mb
+    """
+    return UNSAFE.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

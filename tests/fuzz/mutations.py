@@ -1,7 +1,7 @@
 """Files made wrong on purpose, and a child process in which a wrong file can do no harm.
 
 :func:`json_mutations` and :func:`byte_mutations` give named variants of a good file, the same ones for the same seed.
-:func:`bounded` runs a function on one of them in a process of its own, within seconds and bytes, and says how it ended.
+:func:`bounded` runs a function on one of them in another process, within seconds and bytes, and says how it ended.
 
 A suite for a format is then: for each variant, write it beside its good neighbours, call the reader through :func:`bounded`,
 and hold ``outcome.kind`` against what is allowed: ``"typed"`` always, ``"value"`` where the value is the right one.
@@ -9,15 +9,19 @@ and hold ``outcome.kind`` against what is allowed: ``"typed"`` always, ``"value"
 
 from __future__ import annotations
 
+import atexit
+import faulthandler
 import json
 import multiprocessing
 import os
 import random
 import resource
 import struct
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 SECONDS = 20.0
@@ -254,6 +258,61 @@ def byte_mutations(raw: bytes, count: int, seed: int = 0, first: int = 0, last: 
     return made
 
 
+class Worker:
+    """A process that calls functions one after another, and is begun anew once one of them crashed, hung or kept memory.
+
+    It is forked from a server that has imported torch, transformers and ourselves. ``last`` names what it was given, for an
+    end that an earlier call brought about.
+    """
+
+    def __init__(self) -> None:
+        self.last: list[str] = []
+        self._process: Any = None
+        self._pipe: Any = None
+
+    def call(
+        self, function: Callable[..., Any], arguments: tuple[Any, ...], seconds: float, extra_bytes: int, typed: Any
+    ) -> Outcome:
+        """As :func:`bounded`."""
+        if self._process is None:
+            self._begin()
+        self.last = [*self.last[-4:], f"{function.__name__}{tuple(str(value)[-60:] for value in arguments)}"]
+        began = time.monotonic()
+        try:
+            self._pipe.send((function, arguments, extra_bytes, typed))
+            outcome, again = self._pipe.recv() if self._pipe.poll(seconds) else (Outcome("slow", f"over {seconds:g} s"), True)
+        except (EOFError, ConnectionError):
+            self._process.join(5)
+            words = Path(self._words.name).read_text(errors="replace")[-2000:]
+            outcome, again = Outcome("crash", f"exit code {self._process.exitcode} after {self.last}: {words}"), True
+        if again:
+            self.end()
+        return outcome._replace(seconds=time.monotonic() - began)
+
+    def end(self) -> None:
+        """End the process."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.join()
+            self._pipe.close()
+            self._words.close()
+        self._process, self.last = None, []
+
+    def _begin(self) -> None:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([_PRELOADED, __name__])
+        os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")  # the other ones reserve more than a call may take
+        self._words = tempfile.NamedTemporaryFile()  # noqa: SIM115 - open as long as the process
+        self._pipe, other = context.Pipe()
+        self._process = context.Process(target=_serve, args=(other, self._words.name), daemon=True)
+        self._process.start()
+        other.close()
+
+
+_WORKER = Worker()
+atexit.register(_WORKER.end)
+
+
 def bounded(
     function: Callable[..., Any],
     *arguments: Any,
@@ -261,10 +320,9 @@ def bounded(
     extra_bytes: int = EXTRA_BYTES,
     typed: tuple[type[BaseException], ...] | None = None,
 ) -> Outcome:
-    """Call ``function`` in a process of its own and say how it ended.
+    """Call ``function`` in another process and say how it ended; ``extra_bytes`` is what it may take beyond what was there.
 
-    The process is forked from a server that has imported torch, transformers and ourselves, so that a call costs
-    milliseconds; ``extra_bytes`` is what it may take beyond that.
+    The process is shared by calls that follow each other, so that one costs a millisecond; see :class:`Worker`.
 
     Parameters
     ----------
@@ -273,40 +331,42 @@ def bounded(
     typed : tuple of exception types
         What counts as an error of our own; by default the whole tree of :mod:`swapless.errors`.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([_PRELOADED, __name__])
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_child, args=(sender, function, arguments, extra_bytes, typed), daemon=True)
-    began = time.monotonic()
-    process.start()
-    sender.close()
-    try:
-        outcome = receiver.recv() if receiver.poll(seconds) else Outcome("slow", f"not done in {seconds:g} s")
-    except EOFError:
-        process.join(5)
-        outcome = Outcome("crash", f"exit code {process.exitcode}")
-    if outcome.kind == "slow":
-        process.kill()
-    process.join()
-    receiver.close()
-    return outcome._replace(seconds=time.monotonic() - began)
+    return _WORKER.call(function, arguments, seconds, extra_bytes, typed)
 
 
-def _child(sender: Any, function: Callable[..., Any], arguments: Any, extra_bytes: int, typed: Any) -> None:
+_KEPT_BYTES = 256 << 20
+
+
+def _serve(pipe: Any, words: str) -> None:
+    descriptor = os.open(words, os.O_WRONLY | os.O_APPEND)
+    for stream in (1, 2):
+        os.dup2(descriptor, stream)
+    faulthandler.enable(file=descriptor)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    first = _data_bytes()
+    while True:
+        try:
+            task = pipe.recv()
+        except EOFError:
+            os._exit(0)
+        os.truncate(words, 0)
+        outcome = _outcome(*task)
+        kept = _data_bytes() - first
+        again = outcome.kind == "memory" or kept > _KEPT_BYTES
+        try:
+            pipe.send((outcome, again))
+        except Exception as error:
+            pipe.send((Outcome("foreign", f"the result cannot be sent: {error}"), again))
+
+
+def _outcome(function: Callable[..., Any], arguments: tuple[Any, ...], extra_bytes: int, typed: Any) -> Outcome:
     from swapless.errors import SwaplessError
 
     own = typed or (SwaplessError,)
-    with open(os.devnull, "w") as nowhere:
-        for stream in (1, 2):
-            os.dup2(nowhere.fileno(), stream)
     before = _data_bytes()
-    limit = before + extra_bytes
-    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    _, most = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (before + extra_bytes, most))
     try:
-        import torch
-
-        torch.set_num_threads(1)
         outcome = Outcome("value", "", function(*arguments))
     except own as error:
         outcome = Outcome("typed", f"{type(error).__name__}: {error}")
@@ -315,12 +375,8 @@ def _child(sender: Any, function: Callable[..., Any], arguments: Any, extra_byte
     except BaseException as error:
         kind = "memory" if "alloc" in str(error).lower() else "foreign"
         outcome = Outcome(kind, traceback.format_exc()[-2000:])
-    try:
-        sender.send(outcome._replace(extra_bytes=max(0, _data_bytes() - before)))
-    except Exception as error:
-        sender.send(Outcome("foreign", f"the result cannot be sent: {error}"))
-    sender.close()
-    os._exit(0)
+    resource.setrlimit(resource.RLIMIT_DATA, (most, most))
+    return outcome._replace(extra_bytes=max(0, _data_bytes() - before))
 
 
 def _data_bytes() -> int:

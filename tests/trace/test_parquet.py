@@ -101,7 +101,7 @@ LISTS = {"expert_ids": lambda rows: pa.array([[0, 1, 2, 3]] * rows, pa.list_(pa.
     ("damage", "error", "said"),
     [
         (lambda t: t.replace_schema_metadata(None), TraceFormatError, "no trace header"),
-        (lambda t: t.replace_schema_metadata({HEADER_KEY: b"{"}), TraceFormatError, "not JSON"),
+        (lambda t: t.replace_schema_metadata({HEADER_KEY: b"{"}), TraceFormatError, "no JSON"),
         (lambda t: t.replace_schema_metadata({HEADER_KEY: b"[]"}), TraceFormatError, "JSON object"),
         (lambda t: with_header(t, format_version=2), TraceFormatError, "format_version.*Got: 2"),
         (lambda t: with_header(t, num_experts="gone"), TraceFormatError, "lacks required keys.*num_experts"),

@@ -12,7 +12,6 @@ import errno
 import json
 import math
 import os
-import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,13 +19,9 @@ from typing import Any, TextIO
 
 from swapless.cli.notices import hear
 from swapless.cli.progress import ProgressCall, shown_progress
-from swapless.errors import WriteError, message
+from swapless.errors import UNSAFE, WriteError, message, written_out
 
 __all__ = ["Out", "ProgressCall", "complain", "plain", "safe"]
-
-_UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
-"""What a terminal obeys or cannot show: control characters but newline and tab, turns of the writing direction, halves of
-surrogate pairs (a byte of a name that is not UTF-8)."""
 
 
 def safe(text: str, *, lines: bool = True) -> str:
@@ -39,7 +34,7 @@ def safe(text: str, *, lines: bool = True) -> str:
     """
     if not lines:
         text = text.replace("\n", "\\n").replace("\t", "\\t")
-    return _UNSAFE.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
+    return written_out(text)
 
 
 def plain(value: Any) -> Any:
@@ -113,7 +108,7 @@ class Out:
     def json_lines(self, pieces: Iterable[str]) -> None:
         """The result as pieces of a JSON document that is put together already."""
         for piece in pieces:  # only texts can hold such characters, and there the written-out form means the same
-            _write(_UNSAFE.sub(lambda found: f"\\u{ord(found[0]):04x}", piece), flush=False)
+            _write(UNSAFE.sub(lambda found: f"\\u{ord(found[0]):04x}", piece), flush=False)
         _write("")
 
     def note(self, text: str = "") -> None:

@@ -9,10 +9,14 @@ from itertools import pairwise
 from typing import Any
 
 from swapless.errors import TraceFormatError, TraceValueError, message
+from swapless.untrusted import parse_json, shown
 
 FORMAT_VERSION = 1
 MAX_EXPERTS = 32767
 """Largest E: expert ids are stored as int16."""
+
+MAX_PLACES = 1 << 26
+"""Most experts of all MoE layers together; the largest model has some 25,000."""
 
 _REQUIRED = ("format_version", "model_id", "num_experts", "top_k", "moe_blocks")
 _TEXTS = ("model_id", "revision", "model_type", "expert_order", "source", "licence", "notes")
@@ -82,6 +86,7 @@ class TraceHeader:
         _check(1 <= self.top_k <= self.num_experts, "top_k", self.top_k, f"1 to {self.num_experts} (E)")
         blocks = self.moe_blocks
         ascending = all(_is_int(block) and block >= 0 for block in blocks) and all(a < b for a, b in pairwise(blocks))
+        _check(len(blocks) * self.num_experts <= MAX_PLACES, "moe_blocks", len(blocks), f"at most {MAX_PLACES} experts in all")
         _check(bool(blocks) and ascending, "moe_blocks", list(blocks), "at least one block index, ascending")
 
     @property
@@ -107,10 +112,7 @@ class TraceHeader:
         TraceFormatError
             Not a JSON object, a required key missing, a key of the wrong kind, or an unknown ``format_version``.
         """
-        try:
-            values = json.loads(text)
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise TraceFormatError(message("The trace header is not JSON.", got=str(error))) from error
+        values = parse_json(text, where="its metadata", error=TraceFormatError, what="trace header")
         if not isinstance(values, dict):
             raise TraceFormatError(message("The trace header must be a JSON object.", got=type(values).__name__))
         missing = [name for name in _REQUIRED if name not in values]
@@ -119,9 +121,9 @@ class TraceHeader:
         version = values.pop("format_version")
         if version != FORMAT_VERSION or isinstance(version, bool):
             what = "Unknown format_version of a trace."
-            raise TraceFormatError(message(what, got=repr(version), allowed=FORMAT_VERSION, step="Update swapless."))
+            raise TraceFormatError(message(what, got=shown(version), allowed=FORMAT_VERSION, step="Update swapless."))
         if not isinstance(values["moe_blocks"], list):
-            raise TraceFormatError(message("moe_blocks must be a list.", got=repr(values["moe_blocks"])))
+            raise TraceFormatError(message("moe_blocks must be a list.", got=shown(values["moe_blocks"])))
         known = {item.name for item in fields(cls)} - {"extra"}
         extra = {name: values.pop(name) for name in list(values) if name not in known}
         try:
@@ -136,4 +138,4 @@ def _is_int(value: object) -> bool:
 
 def _check(fine: bool, name: str, got: object, allowed: str) -> None:
     if not fine:
-        raise TraceValueError(message(f"{name} of a trace header is wrong.", got=repr(got), allowed=allowed))
+        raise TraceValueError(message(f"{name} of a trace header is wrong.", got=shown(got), allowed=allowed))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -15,14 +15,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from swapless.atomic import WholeFile, saying_where, write_whole
-from swapless.errors import TraceFormatError, TraceMismatchError, TraceMissingError, TraceValueError, message
+from swapless.errors import SwaplessError, TraceFormatError, TraceMismatchError, TraceMissingError, TraceValueError, message
 from swapless.notation import Phase
 from swapless.trace.checks import check_trace
 from swapless.trace.header import TraceHeader
 from swapless.trace.trace import Trace
+from swapless.untrusted import shown
 
 HEADER_KEY = b"swapless.trace"
 ROW_GROUP_TOKENS = 32768
+MOST_GROWTH = 200
+"""Times its file's size that a trace may take; ids of experts are hardly compressible."""
+ALWAYS_BYTES = 256 << 20
 _REQUIRED = ("document", "position", "phase", "expert_ids")
 _LABEL = pa.dictionary(pa.int32(), pa.string())
 
@@ -56,10 +60,9 @@ def read_trace(path: str | os.PathLike[str], *, columns: tuple[str, ...] | None 
         names = check_columns(file, header, path)
         if columns is not None:
             names = [name for name in names if name in (*_REQUIRED, "domain", *columns)]
-        try:
+        _check_size(file, header, names, path)
+        with decoding(path):
             table = file.read(columns=names)
-        except (pa.ArrowException, OSError) as error:
-            raise TraceFormatError(message("The trace cannot be decoded.", where=path, got=str(error))) from error
     trace = trace_of_table(table, header)
     check_trace(trace)
     return trace
@@ -136,15 +139,50 @@ def open_parquet(path: str | os.PathLike[str]) -> pq.ParquetFile:
     """Parquet file, memory-mapped; a typed error if it is none."""
     if not Path(path).exists():
         raise TraceMissingError(message("No such trace.", where=path))
-    try:
+    if not Path(path).is_file():
+        raise TraceFormatError(message("A trace is a regular file.", where=path))
+    with decoding(path, "Not a Parquet file, or a truncated one."):
         return pq.ParquetFile(path, memory_map=True)
-    except (pa.ArrowException, OSError) as error:
-        raise TraceFormatError(message("Not a Parquet file, or a truncated one.", where=path, got=str(error))) from error
+
+
+@contextlib.contextmanager
+def decoding(path: object, what: str = "The trace cannot be decoded.") -> Iterator[None]:
+    """Whatever a library raises within becomes ours.
+
+    Raises
+    ------
+    TraceFormatError
+        It failed.
+    """
+    try:
+        yield
+    except SwaplessError:
+        raise
+    except Exception as error:  # libraries check a file each in their own way
+        raise TraceFormatError(message(what, where=path, got=str(error)[:300] or type(error).__name__)) from error
+
+
+def _check_size(file: pq.ParquetFile, header: TraceHeader, names: list[str], path: str | os.PathLike[str]) -> None:
+    """Refuse a file of some kilobytes that would take gigabytes."""
+    places = header.num_moe_layers * header.top_k
+    each = {
+        "expert_ids": 2 * places,
+        "gate_weights": 2 * places,
+        "router_scores": 2 * header.num_moe_layers * header.num_experts,
+    }
+    decoded, held = file.metadata.num_rows * sum(each.get(name, 4) for name in names), Path(path).stat().st_size
+    if decoded > max(MOST_GROWTH * held, ALWAYS_BYTES):
+        got = f"{file.metadata.num_rows} rows, {decoded} bytes once decoded"
+        allowed = f"up to {MOST_GROWTH} times the {held} bytes of the file"
+        raise TraceFormatError(
+            message("The trace claims far more rows than its file can hold.", where=path, got=got, allowed=allowed)
+        )
 
 
 def file_header(file: pq.ParquetFile, path: str | os.PathLike[str]) -> TraceHeader:
     """The trace header of an open file."""
-    raw = (file.metadata.metadata or {}).get(HEADER_KEY)
+    with decoding(path):
+        raw = (file.metadata.metadata or {}).get(HEADER_KEY)
     if raw is None:
         what = "The Parquet file has no trace header (metadata key swapless.trace)."
         raise TraceFormatError(message(what, where=path))
@@ -181,7 +219,11 @@ def check_columns(file: pq.ParquetFile, header: TraceHeader, path: object) -> li
     TraceValueError
         ``expert_ids`` in lists of several lengths; the first row that differs is named.
     """
-    schema, types = file.schema_arrow, _types(header)
+    with decoding(path):
+        schema, types = file.schema_arrow, _types(header)
+    twice = sorted({name for name in schema.names if schema.names.count(name) > 1})
+    if twice:
+        raise TraceFormatError(message("Two columns of a trace have one name.", where=path, got=shown(twice[0])))
     missing = [name for name in _REQUIRED if name not in schema.names]
     if missing:
         raise TraceFormatError(message("A trace lacks required columns.", where=path, got=", ".join(missing)))
@@ -194,8 +236,30 @@ def check_columns(file: pq.ParquetFile, header: TraceHeader, path: object) -> li
             raise TraceFormatError(message(what, where=path, got=str(field.type), step="See docs/formats/trace.md."))
     unknown = [name for name in schema.names if name not in types]
     if unknown:
-        warnings.warn(f"{path}: columns that a trace does not know are ignored: {', '.join(unknown)}", stacklevel=3)
+        warnings.warn(
+            f"{path}: columns that a trace does not know are ignored: {', '.join(shown(name)[1:-1] for name in unknown)}",
+            stacklevel=3,
+        )
     return [name for name in schema.names if name in types]
+
+
+def batches(file: pq.ParquetFile, path: object, **how: Any) -> Iterator[pa.RecordBatch]:
+    """Rows of a file, batch by batch.
+
+    Raises
+    ------
+    TraceFormatError
+        A part of the file that cannot be decoded.
+    """
+    found = iter(())
+    with decoding(path):
+        found = file.iter_batches(**how)
+    while True:
+        with decoding(path):
+            batch = next(found, None)
+        if batch is None:
+            return
+        yield batch
 
 
 def _check_ragged(file: pq.ParquetFile, header: TraceHeader, path: object) -> None:
@@ -203,7 +267,7 @@ def _check_ragged(file: pq.ParquetFile, header: TraceHeader, path: object) -> No
     if not pa.types.is_list(file.schema_arrow.field("expert_ids").type):
         return
     places, first_row = header.num_moe_layers * header.top_k, 0
-    for batch in file.iter_batches(columns=["expert_ids"]):
+    for batch in batches(file, path, columns=["expert_ids"]):
         lengths = batch.column(0).value_lengths().fill_null(0).to_numpy(zero_copy_only=False)
         if (lengths != places).any():
             row = int(np.argmax(lengths != places))
@@ -226,6 +290,8 @@ def columns_of_table(table: pa.Table, header: TraceHeader, first_row: int = 0) -
     TraceValueError
         A null, or an unknown phase; the row is named.
     """
+    with decoding("its rows"):
+        table.validate(full=True)
     num_tokens, num_layers = len(table), header.num_moe_layers
     columns: dict[str, Any] = {"domain": np.full(num_tokens, -1, np.int32), "domains": ()}
     for name in table.column_names:
@@ -265,7 +331,12 @@ def _one_array(column: pa.ChunkedArray) -> pa.Array:
 
 def _labels(column: pa.Array) -> tuple[np.ndarray, tuple[str, ...]]:
     coded = column if pa.types.is_dictionary(column.type) else column.dictionary_encode()
-    return coded.indices.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int32), tuple(coded.dictionary.to_pylist())
+    codes = coded.indices.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int32)
+    names = coded.dictionary.to_pylist()
+    if codes.size and not -1 <= codes.min() <= codes.max() < len(names):
+        what = "A label's number is beyond the labels of its column."
+        raise TraceValueError(message(what, got=int(codes.max()), allowed=f"0 to {len(names) - 1}"))
+    return codes, tuple(names)
 
 
 def _phases(codes: np.ndarray, names: tuple[str, ...], first_row: int) -> np.ndarray:

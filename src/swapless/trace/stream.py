@@ -10,10 +10,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from swapless.errors import TraceFormatError, TraceValueError, message
+from swapless.errors import TraceValueError, message
 from swapless.trace.checks import check_trace
 from swapless.trace.header import TraceHeader
-from swapless.trace.parquet import check_columns, columns_of_table, file_header, open_parquet, trace_of_table
+from swapless.trace.parquet import batches, check_columns, columns_of_table, file_header, open_parquet, trace_of_table
 from swapless.trace.select import Choice
 from swapless.trace.trace import OPTIONAL, Trace
 
@@ -163,12 +163,9 @@ class TraceFile:
         self._checked.update(names)
 
     def _batches(self, names: list[str], rows: int) -> Iterator[pa.Table]:
-        try:
-            for batch in self._file.iter_batches(rows, columns=names):
-                if len(batch):
-                    yield pa.Table.from_batches([batch])
-        except (pa.ArrowException, OSError) as error:
-            raise TraceFormatError(message("The trace cannot be decoded.", where=self._path, got=str(error))) from error
+        for batch in batches(self._file, self._path, batch_size=rows, columns=names):
+            if len(batch):
+                yield pa.Table.from_batches([batch])
 
 
 def _returning(runs: np.ndarray) -> int | None:

@@ -5,15 +5,17 @@ Optional: ``moe_blocks`` [L], ``domain`` [D] or [T], ``phase`` (one, or [T]), ``
 
 from __future__ import annotations
 
+import math
 import zipfile
-import zlib
 from pathlib import Path
 
 import numpy as np
 
 from swapless.errors import TraceFormatError, TraceValueError, message
 from swapless.trace.header import TraceHeader
+from swapless.trace.parquet import ALWAYS_BYTES, MOST_GROWTH, decoding
 from swapless.trace.trace import Trace
+from swapless.untrusted import shown
 
 REQUIRED = ("expert_ids", "num_experts")
 _FORMS = {
@@ -36,10 +38,11 @@ def matches(path: Path) -> bool:
     with open(path, "rb") as file:
         if file.read(4) != b"PK\x03\x04":
             return False
-    if not zipfile.is_zipfile(path):
-        return True  # cut short: nothing else that we read begins so
-    with zipfile.ZipFile(path) as archive:
-        return any(name.endswith(".npy") for name in archive.namelist())
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(name.endswith(".npy") for name in archive.namelist())
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
+        return True  # cut short or changed: nothing else that we read begins so
 
 
 def load(path: Path, model_id: str | None = None) -> Trace:
@@ -52,15 +55,14 @@ def load(path: Path, model_id: str | None = None) -> Trace:
     TraceValueError
         Offsets that do not run from 0 to T, an empty document, and all that a trace refuses.
     """
-    try:
+    with decoding(path, "Not an .npz archive of plain arrays."):
+        _check_members(path)
         with np.load(path, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
-    except (OSError, ValueError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
-        raise TraceFormatError(message("Not an .npz archive of plain arrays.", where=path, got=str(error))) from error
     missing = [name for name in REQUIRED if name not in arrays]
     unknown = [name for name in arrays if name not in _FORMS]
     if missing or unknown:
-        got = f"missing {', '.join(missing) or 'none'}, unknown {', '.join(unknown) or 'none'}"
+        got = f"missing {', '.join(missing) or 'none'}, unknown {', '.join(shown(name)[1:-1] for name in unknown) or 'none'}"
         raise TraceFormatError(message("The arrays of the archive are not those of a trace.", where=path, got=got))
     for name, array in arrays.items():
         dimensions, kinds = _FORMS[name]
@@ -88,15 +90,37 @@ def load(path: Path, model_id: str | None = None) -> Trace:
         moe_blocks=tuple(arrays.get("moe_blocks", np.arange(ids.shape[1])).tolist()),
         source="npz archive",
     )
-    return Trace.from_arrays(
-        header,
-        expert_ids=ids,
-        document=document,
-        domain=None if domain is None else [str(name) for name in domain],
-        phase=phase.item() if phase.ndim == 0 else phase,
-        token_id=arrays.get("token_id"),
-        gate_weights=arrays.get("gate_weights"),
-    )
+    with decoding(path, "The arrays of the archive are not those of a trace."):
+        return Trace.from_arrays(
+            header,
+            expert_ids=ids,
+            document=document,
+            domain=None if domain is None else [str(name) for name in domain],
+            phase=phase.item() if phase.ndim == 0 else phase,
+            token_id=arrays.get("token_id"),
+            gate_weights=arrays.get("gate_weights"),
+        )
+
+
+def _check_members(path: Path) -> None:
+    """Refuse an archive whose arrays claim more values than it holds, or that would grow beyond all measure."""
+    with zipfile.ZipFile(path) as archive:
+        members = archive.infolist()
+        if len(members) > 2 * len(_FORMS) or len({member.filename for member in members}) != len(members):
+            what = "The archive holds more files than a trace has arrays, or one twice."
+            raise TraceFormatError(message(what, where=path, got=len(members)))
+        total = sum(member.file_size for member in members)
+        if total > max(ALWAYS_BYTES, MOST_GROWTH * path.stat().st_size):
+            what, allowed = "The archive would grow beyond all measure.", f"up to {MOST_GROWTH} times its size"
+            raise TraceFormatError(message(what, where=path, got=f"{total} bytes", allowed=allowed))
+        for member in members:
+            with archive.open(member) as file:
+                version = np.lib.format.read_magic(file)
+                read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+                shape, _, dtype = read(file)
+            if math.prod(shape) * max(dtype.itemsize, 1) > member.file_size:
+                what, got = "An array of the archive claims more values than it has.", f"{shape} in {member.file_size} bytes"
+                raise TraceFormatError(message(what, where=f"{shown(member.filename)[1:-1]} in {path}", got=got))
 
 
 class IMPORTER:
