@@ -159,3 +159,73 @@ def test_where_there_is_no_terminal_a_line_comes_now_and_then(monkeypatch):
         assert enough.wait(60)
     assert all(line.startswith("reading, ") and "50% done" in line and "left" in line for line in said)
     assert not [thread for thread in threading.enumerate() if thread.name == "swapless-progress"]
+
+
+def test_every_seed_is_one_that_every_library_takes(swapless, checkpoint):
+    import typer.main
+
+    from swapless.cli.main import app
+
+    def seeds(command):
+        yield from (parameter.max for parameter in command.params if "--seed" in parameter.opts)
+        for below in getattr(command, "commands", {}).values():
+            yield from seeds(below)
+
+    found = list(seeds(typer.main.get_command(app)))
+    assert len(found) >= 5 and set(found) == {2**32 - 1}
+    done = swapless("run", checkpoint, "--prompt", "x", "--temperature", 1, "--seed", 2**70)
+    assert done.exit_code == 2 and "--seed" in done.stderr and done.exception.__class__ is SystemExit
+
+
+def test_columns_of_which_nothing_is_known_are_left_out(swapless, places, tmp_path):
+    options = ("--policy", "lru", "--capacity", "4")
+    done = swapless("simulate", places["trace"], *options)
+    assert "4.00 MiB" in done.stdout and "tokens per s" not in done.stdout and " - " not in done.stdout
+    done = swapless("simulate", places["trace"], *options, "--device", "NVMe Gen4", "--prefetch", "clairvoyant")
+    assert "tokens per s" in done.stdout and "4.00 MiB" in done.stdout and "-0.0" not in done.stdout
+    ids = np.arange(40, dtype=np.int16).reshape(40, 1, 1) % 4
+    header = TraceHeader(model_id="m", num_experts=4, top_k=1, moe_blocks=(0,))
+    write_trace(tmp_path / "t.parquet", Trace.from_arrays(header, expert_ids=ids, phase="decode"))
+    done = swapless("simulate", tmp_path / "t.parquet", "--policy", "lru", "--capacity", "2")
+    assert "read a token" not in done.stdout and "--expert-bytes" in done.stderr
+
+
+def test_a_perplexity_of_few_tokens_is_told_to_be_one(swapless, checkpoint, places):
+    options = ("--text", places["text"], "--resident", "100%")
+    done = swapless("perplexity", checkpoint, *options)
+    assert done.exit_code == 0 and "tokens say little of a model" in done.stderr
+    assert not swapless("perplexity", checkpoint, *options, "--quiet").stderr
+
+
+@pytest.mark.parametrize("empty", ["", "  "])
+def test_an_empty_document_is_one_message(swapless, checkpoint, tmp_path, empty):
+    (tmp_path / "t.txt").write_text(empty)
+    options = ("--text", tmp_path / "t.txt", "--out", tmp_path / "t.parquet", "--resident", "50%", "--quiet")
+    done = swapless("record", checkpoint, *options)
+    if done.exit_code:  # spaces are a token to some tokenizers
+        assert done.exit_code == 1 and "document 0" in done.stderr and "no tokens" in done.stderr
+        assert not (tmp_path / "t.parquet").exists()
+    assert bool(done.exit_code) == (not empty)
+
+
+def test_a_corpus_without_texts_is_one_message(swapless, checkpoint, tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    cases = {
+        "no column text": pa.table({"words": ["a"]}),
+        "does not hold texts": pa.table({"text": [1, 2]}),
+        "domain": pa.table({"text": ["a"], "domain": [1]}),
+        "no document": pa.table({"text": pa.array([], pa.string())}),
+        "row 1": pa.table({"text": ["The cat.", None]}),
+    }
+    for words, table in cases.items():
+        pq.write_table(table, tmp_path / "corpus.parquet")
+        options = ("--corpus", tmp_path / "corpus.parquet", "--out", tmp_path / "t.parquet", "--resident", "50%", "--quiet")
+        done = swapless("record", checkpoint, *options)
+        assert (done.exit_code, done.stdout, done.stderr.count("\n")) == (2, "", 1), (words, done.stderr)
+        assert words in done.stderr and "corpus.parquet" in done.stderr
+        assert not (tmp_path / "t.parquet").exists()
+    (tmp_path / "prompts.txt").write_text("\n \n")
+    done = swapless("record", checkpoint, "--prompts", tmp_path / "prompts.txt", "--out", tmp_path / "t.parquet", "-q")
+    assert done.exit_code == 2 and "no document" in done.stderr and "prompts.txt" in done.stderr

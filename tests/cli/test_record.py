@@ -109,7 +109,7 @@ def test_a_text_and_prompts(swapless, checkpoint, tmp_path):
     [
         ((), 2, "exactly one of --text"),
         (("--text", "none.txt"), 2, "no such file"),
-        (("--prompts", "empty.txt"), 1, "no document"),
+        (("--prompts", "empty.txt"), 2, "no document"),
         (("--text", "latin.txt"), 2, "not UTF-8"),
         (("--text", "fine.txt", "--out", "no/folder/t.parquet"), 2, "folder for --out"),
         (("--text", "fine.txt", "--decode", "100000"), 1, "no room"),

@@ -169,7 +169,9 @@ Check = Annotated[
         show_default="first",
     ),
 ]
-Seed = Annotated[int, typer.Option(metavar="N", min=0, help="Seed of the sampling.")]
+MOST_SEED = 2**32 - 1
+"""The largest seed that every library takes."""
+Seed = Annotated[int, typer.Option(metavar="N", min=0, max=MOST_SEED, help="Seed of the sampling.")]
 Threads = Annotated[int | None, typer.Option(metavar="N", min=1, help="Threads to compute with.", show_default="all cores")]
 Context = Annotated[int | None, typer.Option(min=1, metavar="TOKENS", help="Most tokens of prompt and answer together.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from swapless.cli import early
-from swapless.cli._options import Force, Html, Json, Quiet, exclusive, output
+from swapless.cli._options import MOST_SEED, Force, Html, Json, Quiet, exclusive, output
 from swapless.cli._trace_options import Documents, Domain, ModelId, PhaseName, number_list, opened_trace
 from swapless.cli.out import Out
 
@@ -32,7 +32,7 @@ def locality(
     phase: PhaseName = None,
     model_id: ModelId = None,
     replicates: Annotated[int, typer.Option(min=0, help="Bootstrap replicates of the intervals; 0 for none.")] = 400,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the bootstrap and of the random controls.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MOST_SEED, help="Seed of the bootstrap and of the random controls.")] = 0,
     quiet: Quiet = False,
 ) -> None:
     """Measure how local the routing of a trace is, against chance, and say whether the model suits offloading."""

@@ -9,7 +9,7 @@ import typer
 
 from swapless.atomic import check_output_folder
 from swapless.cli import early
-from swapless.cli._options import Force, Json, Quiet, Threads, exclusive, input_file, output, set_threads
+from swapless.cli._options import MOST_SEED, Force, Json, Quiet, Threads, exclusive, input_file, output, set_threads
 from swapless.cli.out import Out
 
 __all__ = ["VERBS"]
@@ -32,7 +32,7 @@ def train(
     steps: Annotated[int | None, typer.Option(metavar="N", min=1, help="Optimiser steps in all.")] = None,
     warmup: Annotated[str, typer.Option(metavar="KIND", help="Before the fit: dense, or switch (the paper's).")] = "dense",
     warmup_steps: Annotated[int | None, typer.Option(metavar="N", min=1, help="Steps before the fit.")] = None,
-    seed: Annotated[int, typer.Option(metavar="N", min=0, help="Seed of weights and data order.")] = 0,
+    seed: Annotated[int, typer.Option(metavar="N", min=0, max=MOST_SEED, help="Seed of weights and data order.")] = 0,
     tokenizer: Tokenizer = None,
     threads: Threads = None,
     quiet: Quiet = False,
@@ -71,7 +71,7 @@ def fit(
     tokens: Annotated[
         int | None, typer.Option(metavar="N", min=16, help="Tokens a window.", show_default="the context")
     ] = None,
-    seed: Annotated[int, typer.Option(metavar="N", min=0, help="Seed of the windows and of K-means.")] = 0,
+    seed: Annotated[int, typer.Option(metavar="N", min=0, max=MOST_SEED, help="Seed of the windows and of K-means.")] = 0,
     threads: Threads = None,
     json: Json = False,
     quiet: Quiet = False,

@@ -11,7 +11,7 @@ from swapless.atomic import check_output_folder
 from swapless.cli import _options as options
 from swapless.cli import early
 from swapless.cli.out import Out
-from swapless.cli.perplexity import Text, measure, read_text
+from swapless.cli.perplexity import Text, measure, read_text, say_if_few
 from swapless.errors import UsageError, message
 from swapless.units import format_size
 
@@ -75,6 +75,7 @@ def _priced(checkpoint: str, folder: Path, text: Text, tokens: int | None, out: 
 
     before = measure(checkpoint, text, tokens, out, memory="auto")
     after = measure(str(folder), text, tokens, out, memory="auto")
+    say_if_few(after, out)
     return note_perplexity(
         folder,
         {"original": before["perplexity"], "packed": after["perplexity"]}

@@ -14,7 +14,10 @@ from swapless.cli.out import Out, ProgressCall
 from swapless.cli.session import open_model, open_tokenizer, rate, share, size
 from swapless.errors import UsageError, message
 
-__all__ = ["Text", "measure", "perplexity", "read_text"]
+__all__ = ["Text", "measure", "perplexity", "read_text", "say_if_few"]
+
+LEAST_TOKENS = 1000
+"""Fewer scored tokens are told to be few: the figure then says more of the text than of the model."""
 
 
 class Text(NamedTuple):
@@ -58,6 +61,13 @@ def perplexity(
         ],
         aside=True,
     )
+    say_if_few(figures, out)
+
+
+def say_if_few(figures: dict[str, Any], out: Out) -> None:
+    """Say that a figure of a handful of tokens is hardly one of the model."""
+    if figures["tokens"] < LEAST_TOKENS:
+        out.note(f"Note: {figures['tokens']} tokens say little of a model; {LEAST_TOKENS:,} would do.")
 
 
 def read_text(path: Path) -> Text:

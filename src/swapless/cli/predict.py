@@ -9,10 +9,11 @@ from typing import Annotated, Any
 import typer
 
 from swapless.cli import early
-from swapless.cli._options import Force, Html, Json, OutPath, Quiet, Threads, exclusive, output, set_threads
+from swapless.cli._options import MOST_SEED, Force, Html, Json, OutPath, Quiet, Threads, exclusive, output, set_threads
 from swapless.cli._trace_options import Documents, Domain, ModelId, PhaseName, chosen_trace, number_list
 from swapless.cli.out import Out
 from swapless.errors import UsageError, message
+from swapless.units import format_size
 
 __all__ = ["VERBS"]
 
@@ -30,7 +31,7 @@ def train(
     minutes: Annotated[float | None, typer.Option(metavar="M", help="As many passes as take about so long.")] = None,
     checkpoint: Annotated[Path | None, typer.Option(metavar="FILE", help="Written while training; goes on from it.")] = None,
     option: Annotated[list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Any other setting of it.")] = None,
-    seed: Annotated[int | None, typer.Option(metavar="N", min=0, help="Seed of all randomness.")] = None,
+    seed: Annotated[int | None, typer.Option(metavar="N", min=0, max=MOST_SEED, help="Seed of all randomness.")] = None,
     threads: Threads = None,
     json: Json = False,
     quiet: Quiet = False,
@@ -77,7 +78,7 @@ def train(
         best = max(course.recalls, key=sum)
         shown = ", ".join(f"{value:.1%} at lead {lead}" for lead, value in zip(("1", "3", "token"), best))
         sink.text(f"held-out recall: {shown}")
-    sink.text(f"wrote {out} ({about['file_bytes'] / 2**20:.1f} MiB)")
+    sink.text(f"wrote {out} ({format_size(about['file_bytes'])})")
 
 
 def evaluate(

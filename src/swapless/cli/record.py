@@ -89,13 +89,33 @@ def record(
 
 
 def _count(text: Path | None, corpus: Path | None, prompts: Path | None) -> int:
-    """How many documents there are, without reading all of them."""
+    """How many documents there are, without reading all of them.
+
+    Raises
+    ------
+    UsageError
+        None, or a corpus without a column of texts.
+    """
     if corpus is not None:
+        from pyarrow import types
+
         from swapless.trace.parquet import open_parquet
 
         with open_parquet(corpus) as file:
-            return file.metadata.num_rows
-    return sum(1 for _ in _all(text, None, prompts))
+            columns = {field.name: field.type for field in file.schema_arrow}
+            if "text" not in columns:
+                raise UsageError(message("The corpus has no column text.", where=corpus, got=", ".join(columns)))
+            for name in ("text", "domain"):
+                kind = columns.get(name)
+                if kind is not None and not any(is_kind(kind) for is_kind in (types.is_string, types.is_large_string)):
+                    what = f"The column {name} of the corpus does not hold texts."
+                    raise UsageError(message(what, where=corpus, got=str(kind), allowed="string"))
+            found = file.metadata.num_rows
+    else:
+        found = sum(1 for _ in _all(text, None, prompts))
+    if not found:
+        raise UsageError(message("There is no document to record.", where=corpus or prompts or text, got="an empty file"))
+    return found
 
 
 def _documents(text: Path | None, corpus: Path | None, prompts: Path | None, most: int | None) -> Iterator[Any]:
@@ -115,13 +135,14 @@ def _all(text: Path | None, corpus: Path | None, prompts: Path | None) -> Iterat
         from swapless.trace.parquet import open_parquet
 
         with open_parquet(corpus) as file:
-            names = file.schema_arrow.names
-            if "text" not in names:
-                raise UsageError(message("The corpus has no column text.", where=corpus, got=", ".join(names)))
-            columns = [name for name in ("text", "domain") if name in names]
+            columns = [name for name in ("text", "domain") if name in file.schema_arrow.names]
+            number = 0
             for batch in file.iter_batches(batch_size=64, columns=columns):
                 for row in batch.to_pylist():
+                    if row["text"] is None:
+                        raise UsageError(message("A document of the corpus has no text.", where=f"row {number} of {corpus}"))
                     yield Document(row["text"], row.get("domain"))
+                    number += 1
 
 
 def _read(path: Path) -> str:

@@ -11,7 +11,7 @@ from swapless.cli import early
 from swapless.cli._options import Force, Html, Json, Quiet, checked, exclusive, output
 from swapless.cli._trace_options import Documents, chosen_trace
 from swapless.cli.out import Out
-from swapless.units import format_rate, parse_size
+from swapless.units import format_rate, format_size, parse_size
 
 if TYPE_CHECKING:
     from swapless.cli._foresight import Prefetch
@@ -175,27 +175,31 @@ def _title(row: dict[str, Any]) -> str:
 
 
 def _print(out: Out, rows: list[dict[str, Any]], last: str, title: str) -> None:
-    """One line a row."""
-    columns = ["policy", "experts", "hit rate", "GB a token", last.replace("_", " ")]
-    table = []
-    for row in rows:
-        size = row.get("bytes_read_per_token")
-        figure = row.get(last)
-        table.append(
-            [
-                row["policy"],
-                f"{row['capacity_experts']} ({100 * row['capacity_fraction']:.3g}%)",
-                "-" if row["hit_rate"] is None else f"{row['hit_rate']:.2%}",
-                "-" if size is None else f"{size / 1e9:.3f}",
-                "-" if figure is None else format_rate(figure),
-            ]
-        )
-    out.table(columns, table, title=title)
+    """One line a row, without the columns that are known of none."""
+    columns = {
+        "policy": [row["policy"] for row in rows],
+        "experts": [_experts(row) for row in rows],
+        "hit rate": ["-" if row["hit_rate"] is None else f"{row['hit_rate']:.2%}" for row in rows],
+        "read a token": [_size(row.get("bytes_read_per_token")) for row in rows],
+        last.replace("_", " "): ["-" if row.get(last) is None else format_rate(row[last]) for row in rows],
+    }
+    known = {name: cells for name, cells in columns.items() if any(cell != "-" for cell in cells)}
+    out.table(list(known), list(zip(*known.values(), strict=True)), title=title)
+    if "bytes_read_per_token" in rows[0] and "read a token" not in known:
+        out.note("Note: the size of an expert is not known, so no bytes are shown. Give --expert-bytes SIZE.")
+
+
+def _experts(row: dict[str, Any]) -> str:
+    return f"{row['capacity_experts']} ({100 * row['capacity_fraction']:.3g}%)"
+
+
+def _size(nbytes: float | None) -> str:
+    return "-" if nbytes is None else format_size(nbytes)
 
 
 def _print_ahead(out: Out, rows: list[dict[str, Any]]) -> None:
     """Two lines a policy and capacity, of the same memory: without and with reading ahead."""
-    columns = ["policy", "experts", "reads ahead by", "GB a token", "stall ms", "tokens per s", "useful", "late", "wasted"]
+    columns = ["policy", "experts", "reads ahead by", "read a token", "stall ms", "tokens per s", "useful", "late", "wasted"]
     from swapless.report.prefetch import losses
 
     table = []
@@ -204,10 +208,10 @@ def _print_ahead(out: Out, rows: list[dict[str, Any]]) -> None:
         table.append(
             [
                 row["policy"],
-                f"{row['capacity_experts']} ({100 * row['capacity_fraction']:.3g}%)",
+                _experts(row),
                 f"{row['prefetch']}, lead {row['lead']}" if row["prefetch"] else "-",
-                f"{row['bytes_moved_per_token'] / 1e9:.3f}",
-                f"{row['stall_s_per_token'] * 1e3:.1f}",
+                _size(row["bytes_moved_per_token"]),
+                f"{max(0.0, row['stall_s_per_token'] * 1e3):.1f}",
                 "-" if row["tokens_per_s"] is None else format_rate(row["tokens_per_s"]),
                 *counts,
             ]

@@ -44,11 +44,13 @@ def verify(
     if source is not None:
         raise UsageError(message("Only a packed store has a checkpoint that it was made from.", got=checkpoint))
     out.note("Reference beside ours, one MoE layer after the other:")
-    from swapless import runtime
-
     layers = []
     # At a terminal the lines themselves tell how far it is.
     with nullcontext() if sys.stdout.isatty() and not as_json else out.progress() as progress:
+        if progress is not None:
+            progress("Starting", 0.0)
+        from swapless import runtime
+
         for layer in runtime.verify(checkpoint, memory=memory, progress=progress):
             layers.append(layer)
             verdict = "the same bits" if layer.identical else f"DIFFERENT, by up to {layer.max_abs_difference:g}"

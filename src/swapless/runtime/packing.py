@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -292,19 +291,16 @@ def _linear(ref: TensorRef, reader: FileReader, bits: int, group: int) -> DenseT
 
 
 class _Meter:
-    """Bytes read and written so far, told with the time that is left."""
+    """Bytes read and written so far."""
 
     def __init__(self, progress: Progress | None, total: int, done: str) -> None:
         self._progress, self._word = progress, done
         self._total = max(1, total)
         self._done = 0
-        self._started = time.perf_counter()
 
     def add(self, nbytes: int) -> None:
         self._done += nbytes
         if self._progress is None:
             return
-        seconds = max(1e-9, time.perf_counter() - self._started)
-        left = (self._total - self._done) * seconds / max(1, self._done)
-        text = f"{format_size(self._done)} of {format_size(self._total)} {self._word}, {max(0.0, left):.0f} s left"
+        text = f"{format_size(self._done)} of {format_size(self._total)} {self._word}"
         self._progress(text, min(1.0, self._done / self._total))

@@ -16,6 +16,7 @@ from swapless.errors import TraceValueError, message
 from swapless.runtime.one_sequence import decode_steps, plain_settings
 from swapless.runtime.routers import RouterTap
 from swapless.trace import Trace, TraceWriter
+from swapless.untrusted import shown
 
 _LOG = logging.getLogger(__name__)
 
@@ -127,7 +128,9 @@ def record(
 def _ids(tokenizer: Any, document: Document, number: int) -> list[int]:
     ids: list[int] = tokenizer(document.text)["input_ids"]
     if not ids:
-        raise TraceValueError(message("An empty document has no routing.", where=f"document {number}", got=document.text[:40]))
+        raise TraceValueError(
+            message("The document has no tokens, and so no routing.", where=f"document {number}", got=shown(document.text))
+        )
     return ids
 
 
