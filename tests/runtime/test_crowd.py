@@ -52,6 +52,24 @@ def two_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("swapless.runtime.crowd.restore_here", lambda before: None)
 
 
+def test_a_child_of_a_fork_amid_a_call_with_fewer_threads_gets_none_back() -> None:
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        crowd = Crowd(Made())
+        crowd.limit = 1
+        crowd.begin()
+        crowd.begin_child()
+        torch.set_num_threads(1)
+        crowd.leave()
+        crowd.begin()
+        assert threads_here() == 1
+        crowd.leave()
+        assert threads_here() == 1
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.usefixtures("two_threads")
 def test_alone_nothing_is_ever_tried() -> None:
     machine = Made()

@@ -91,6 +91,10 @@ class Crowd:
             restore_here(self._before)
             self._before = None
 
+    def begin_child(self) -> None:
+        """The process was forked, perhaps amid a call: this is the child, which has one thread and gets no other back."""
+        self.limit = self._before = self._trial = self._last = None
+
     def block_done(self) -> None:
         """A block of a prompt is over: a long one does not wait for its end to notice."""
         if self._clock() - self._looked_s >= 4 * WINDOW_S:

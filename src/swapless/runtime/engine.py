@@ -382,8 +382,8 @@ class Engine:
         self._fetcher.begin_child()
         self._routing.begin_child()
         self._meter.reopen()
-        if torch.get_num_threads() > 1:
-            torch.set_num_threads(1)  # else OpenMP waits for ever for threads that the fork has not copied
+        self._crowd.begin_child()
+        torch.set_num_threads(1)  # else OpenMP waits for ever for threads that the fork has not copied
 
     def _come_to_rest(self) -> None:
         """After an error or Ctrl-C: no read under way, and no slot that claims bytes it may not hold.
