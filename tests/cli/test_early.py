@@ -23,6 +23,7 @@ CASES = """
     run {model} --prompt x --policy lur
     run {model} --prompt x --prefetch nothing
     run {model} --prompt x --temperature nan
+    run {model} --prompt x --top-p nan
     run {model} --prompt x --record {taken}
     run {model} --chat --json
     record {nowhere} --text {text} --out {new}
@@ -38,15 +39,20 @@ CASES = """
     plan {nowhere} --memory 8GiB
     plan {model} --memory 8G
     plan {model} --memory 8GiB --trace {nowhere}
+    plan {model} --memory 8GiB --recall nan
+    plan {model} --memory 8GiB --recall 1.1
     verify {nowhere}
     simulate {nowhere}
     simulate {trace} --policy lru,lur
     simulate {trace} --capacity 0
     simulate {trace} --device floppy
+    simulate {trace} --device sata --prefetch clairvoyant --predictor-ms inf
     simulate {trace} --html {taken}
     locality {nowhere}
     locality {trace} --segments 0
     predict train {nowhere} --kind popularity --out {new}
+    predict train {trace} --kind transformer --out {new} --minutes nan
+    predict train {trace} --kind transformer --out {new} --minutes -1
     predict train {trace} --kind nothing --out {new}
     predict train {trace} --kind popularity --out {taken}
     predict eval {nowhere} {trace}
@@ -226,6 +232,11 @@ def test_a_corpus_without_texts_is_one_message(swapless, checkpoint, tmp_path):
         assert (done.exit_code, done.stdout, done.stderr.count("\n")) == (2, "", 1), (words, done.stderr)
         assert words in done.stderr and "corpus.parquet" in done.stderr
         assert not (tmp_path / "t.parquet").exists()
+    for kind in (pa.large_string(), pa.dictionary(pa.int32(), pa.string())):
+        table = pa.table({"text": pa.array(["The cat.", "A dog."], kind), "domain": pa.array(["a", "b"], kind)})
+        pq.write_table(table, tmp_path / "corpus.parquet")
+        done = swapless("record", checkpoint, *options, "--max-tokens", 2, "--force")
+        assert done.exit_code == 0, done.stderr
     (tmp_path / "prompts.txt").write_text("\n \n")
-    done = swapless("record", checkpoint, "--prompts", tmp_path / "prompts.txt", "--out", tmp_path / "t.parquet", "-q")
+    done = swapless("record", checkpoint, "--prompts", tmp_path / "prompts.txt", "--out", tmp_path / "u.parquet", "-q")
     assert done.exit_code == 2 and "no document" in done.stderr and "prompts.txt" in done.stderr

@@ -58,6 +58,16 @@ def test_bad_input(swapless, folder, tmp_path, checkpoint):
     for arguments, code, words in cases:
         done = swapless("oracle", *arguments)
         assert (done.exit_code, words in done.stderr) == (code, True), (arguments, done.output)
+        assert done.stderr.count("\n") == 1, done.stderr
+
+
+@pytest.mark.parametrize(
+    "config", ["{", "[]", '{"model_type": 3}', '{"model_type": "oracle_moe", "num_experts": "many"}', "{}"]
+)
+def test_a_model_that_cannot_be_loaded_is_one_message(swapless, folder, tmp_path, config):
+    (tmp_path / "config.json").write_text(config)
+    done = swapless("oracle", "fit", tmp_path, "--corpus", folder / "corpus.parquet", "--out", tmp_path / "y")
+    assert done.exit_code in (1, 2) and str(tmp_path) in done.stderr and done.stderr.count("\n") == 1, done.stderr
 
 
 def test_fitting_before_the_warm_up(swapless, folder, tmp_path):

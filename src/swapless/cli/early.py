@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,7 +12,7 @@ from swapless.units import format_size
 if TYPE_CHECKING:
     from swapless.cli.out import Out
 
-__all__ = ["checkpoint", "memory", "policies", "prefetch", "share", "threads", "trace"]
+__all__ = ["checkpoint", "finite", "memory", "policies", "prefetch", "share", "threads", "trace"]
 
 
 def checkpoint(name: str) -> None:
@@ -41,6 +42,19 @@ def prefetch(name: str) -> None:
         what = "Unknown prefetch, and no file of that name."
         allowed = "auto, none, gate, gate:N, or the file of a saved predictor"
         raise UsageError(message(what, got=repr(name), allowed=allowed, step="Make one: swapless predict train."))
+
+
+def finite(**given: float | None) -> None:
+    """Refuse infinities and what is no number, which every range of the command line lets through.
+
+    Raises
+    ------
+    UsageError
+        One of them; the name of the option is that of the argument.
+    """
+    for name, value in given.items():
+        if value is not None and not math.isfinite(value):
+            raise UsageError(message(f"--{name.replace('_', '-')} must be a finite number.", got=value))
 
 
 def trace(path: Path) -> None:

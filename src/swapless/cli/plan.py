@@ -34,7 +34,9 @@ def plan(
     ] = None,
     recall: Annotated[
         float,
-        typer.Option(metavar="SHARE", help="Of the next layer's experts, foreseen by its router, as a run's figures say."),
+        typer.Option(
+            metavar="SHARE", min=0, max=1, help="Of the next layer's experts, foreseen by its router, as a run's figures say."
+        ),
     ] = GATE_RECALL,
     context: options.Context = None,
     policy: options.Policy = DEFAULT_POLICY,
@@ -48,6 +50,7 @@ def plan(
 
     Of a model on the hub only configuration and headers are fetched.
     """
+    early.finite(recall=recall)
     early.checkpoint(checkpoint)
     if trace is not None:
         early.trace(trace)

@@ -28,7 +28,7 @@ def train(
     phase: PhaseName = None,
     model_id: ModelId = None,
     epochs: Annotated[int | None, typer.Option(metavar="N", min=1, help="Passes over the documents.")] = None,
-    minutes: Annotated[float | None, typer.Option(metavar="M", help="As many passes as take about so long.")] = None,
+    minutes: Annotated[float | None, typer.Option(metavar="M", min=0, help="As many passes as take about so long.")] = None,
     checkpoint: Annotated[Path | None, typer.Option(metavar="FILE", help="Written while training; goes on from it.")] = None,
     option: Annotated[list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Any other setting of it.")] = None,
     seed: Annotated[int | None, typer.Option(metavar="N", min=0, max=MOST_SEED, help="Seed of all randomness.")] = None,
@@ -43,6 +43,7 @@ def train(
     from swapless.predict.saved import save_predictor
 
     exclusive(epochs=epochs, minutes=minutes)
+    early.finite(minutes=minutes)
     sink = Out(as_json=json, quiet=quiet)
     output("--out", out, force=force, inputs=(trace,))
     output("--checkpoint", checkpoint, force=True, inputs=(trace, out))  # one that exists is gone on from

@@ -97,7 +97,7 @@ def _count(text: Path | None, corpus: Path | None, prompts: Path | None) -> int:
         None, or a corpus without a column of texts.
     """
     if corpus is not None:
-        from pyarrow import types
+        import pyarrow as pa
 
         from swapless.trace.parquet import open_parquet
 
@@ -106,8 +106,9 @@ def _count(text: Path | None, corpus: Path | None, prompts: Path | None) -> int:
             if "text" not in columns:
                 raise UsageError(message("The corpus has no column text.", where=corpus, got=", ".join(columns)))
             for name in ("text", "domain"):
-                kind = columns.get(name)
-                if kind is not None and not any(is_kind(kind) for is_kind in (types.is_string, types.is_large_string)):
+                kind = columns.get(name, pa.string())
+                held = kind.value_type if pa.types.is_dictionary(kind) else kind
+                if held not in (pa.string(), pa.large_string(), pa.string_view()):
                     what = f"The column {name} of the corpus does not hold texts."
                     raise UsageError(message(what, where=corpus, got=str(kind), allowed="string"))
             found = file.metadata.num_rows

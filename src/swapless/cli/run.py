@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,7 +13,7 @@ from swapless.cli import _options as options
 from swapless.cli import early
 from swapless.cli.out import Out
 from swapless.cli.session import Sampling, generate, measured, open_model, open_tokenizer, prompt_ids, summarise
-from swapless.errors import UsageError, message
+from swapless.errors import UsageError
 
 __all__ = ["read_prompt", "run"]
 
@@ -54,8 +53,7 @@ def run(
     if prompt is None and as_json:
         raise UsageError("--json prints one document for one prompt. Give --prompt with it.")
     options.output("--record", record, force=force, inputs=(checkpoint, prefetch))
-    if not math.isfinite(temperature):
-        raise UsageError(message("--temperature must be a finite number.", got=temperature))
+    early.finite(temperature=temperature, top_p=top_p)
     early.checkpoint(checkpoint)
     early.prefetch(prefetch)
     text = None if prompt is None else read_prompt(prompt)

@@ -79,6 +79,7 @@ def simulate(
     if trace is None:
         raise UsageError("Name a trace to replay: swapless simulate TRACE.")
 
+    early.finite(predictor_ms=predictor_ms)
     early.trace(trace)
     names = [name.strip() for name in policy.split(",")]
     early.policies(names)

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM
+from transformers.utils import logging as transformers_logging
 
 from swapless.atomic import write_json
 from swapless.errors import CheckpointMissingError, TraceMismatchError, UsageError, message
+from swapless.oracle.config import OracleMoeConfig
 from swapless.oracle.evaluate import HeldOut, evaluate
 from swapless.oracle.model import OracleMoeForCausalLM
 from swapless.oracle.train import Report
+from swapless.runtime.door.foreign import foreign_errors
+from swapless.untrusted import read_json, shown
 
 __all__ = ["measure_run", "read_result", "recovered", "rows_of"]
 
@@ -37,10 +41,25 @@ def load_model(folder: Path) -> OracleMoeForCausalLM:
         raise CheckpointMissingError(
             message("There is no trained model here.", where=folder, step="Train it first: swapless oracle train.")
         )
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
-    if not isinstance(model, OracleMoeForCausalLM):
-        raise UsageError(message("Only an Oracle-MoE can be compared here.", where=folder, got=model.config.model_type))
+    family = read_json(folder / "config.json", special_floats=True).raw("model_type", None)
+    if family != OracleMoeConfig.model_type:
+        got = shown(family)
+        raise UsageError(message("Only a model of swapless oracle train can be used here.", where=folder, got=got))
+    with foreign_errors("The trained model cannot be loaded.", folder), quiet_loading():
+        model = OracleMoeForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
     return model.eval()
+
+
+@contextmanager
+def quiet_loading() -> Iterator[None]:
+    """No progress of transformers' own."""
+    shown_before = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown_before:
+            transformers_logging.enable_progress_bar()
 
 
 def measure_run(
