@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import defaultdict
 
-from tests.cache.twins import Cache, Lru
+from tests.cache.twin import Cache
+from tests.cache.twins import Lru
 
 
 class Link:
