@@ -120,3 +120,36 @@ def test_the_engine_serves_what_the_replay_says(name):
     fresh = hits[0]
     cache.reset()
     assert fresh == 0 and not (cache.residency.key_of_slot >= 0).any()
+
+
+def test_slots_that_are_withheld_hold_nothing_until_they_are_given_back(name, trace):
+    try:
+        cache = ExpertCache(POLICIES.get(name)(), trace.num_moe_layers, trace.num_experts, *layer_pools(3, 8, 12))
+    except UnsupportedOperationError:
+        pytest.skip("it needs the future")
+    rng = np.random.default_rng(0)
+    for step, ids in enumerate(trace.expert_ids.astype(np.int64)):
+        if step % 5 == 0:
+            # Of each pool of four at least one stays, but in prefill, which does without.
+            prefill = step % 15 == 10
+            kept = rng.integers(0, 4, 3) + np.arange(3) * 4
+            out = set(range(12)) if prefill and step % 2 else set(rng.permutation(12)[: rng.integers(0, 10)].tolist())
+            cache.withhold(out if prefill else out - set(kept.tolist()))
+        phase = Phase.PREFILL if step % 15 >= 10 else Phase.DECODE
+        if phase is Phase.DECODE and len(cache.withheld) == 12:
+            cache.withhold([])
+        for layer in range(trace.num_moe_layers):
+            served = cache.request(layer, ids[layer], phase)
+            slots = set(served.slot.tolist())
+            assert not slots & cache.withheld
+            assert phase is Phase.PREFILL or -1 not in slots
+            for expert, slot in zip(served.experts.tolist(), served.slot.tolist(), strict=True):
+                if slot >= 0 and served.waves == 1:
+                    assert cache.residency.key_of_slot[slot] == layer * 8 + expert and cache.resident(layer, expert)
+        residency = cache.residency
+        resident = residency.slot_of_key[residency.slot_of_key >= 0]
+        assert not set(resident.tolist()) & cache.withheld and len(set(resident.tolist())) == len(resident)
+        assert len(resident) + residency.free_count.sum() + len(cache.withheld) == 12
+    cache.withhold([])
+    before = set(cache.residency.slot_of_key[cache.residency.slot_of_key >= 0].tolist())
+    assert residency.free_count.sum() == 12 - len(before), "all are in use again"

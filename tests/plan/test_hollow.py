@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from swapless.cache import POLICIES
-from swapless.plan.hollow import HollowRun, hollow_model
+from swapless.plan.hollow import HollowRun
 from swapless.plan.products import ColdExperts, expert_time, linear_products
 from swapless.runtime.budget import plan_budget
 from swapless.runtime.door import IMPLEMENTATION, experts_of
 from swapless.runtime.dry import dry_run
+from swapless.runtime.hollow import hollow_model
 from swapless.runtime.parts import budget_shape
 from tests.families.tiny import NOT_RUN, decorated_families, tiny_model
 

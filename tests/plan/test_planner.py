@@ -135,8 +135,9 @@ def test_what_a_plan_followed_from_can_be_kept(opened: Any, roomy: Any) -> None:
         assert row.expected.speed(bytes_per_s=1e3).token_s > row.speed.token_s
 
 
-def test_where_slots_are_few_none_is_set_aside_for_reading_ahead(opened: Any, roomy: Any) -> None:
-    found = planned(opened, roomy.set_ups[0].needs_bytes, precisions=[(16, 16)])
+def test_where_slots_are_few_none_is_set_aside_for_reading_ahead(large: Any, least: int) -> None:
+    needs = planned(large, least, whole=False).set_ups[0].needs_bytes
+    found = planned(large, needs, precisions=[(16, 16)], whole=False)
     assert found.set_ups[0].budget.ahead_slots == 0
     assert (found.set_ups[0].prefetch, found.set_ups[0].default) == (None, True)
     assert "--prefetch" not in found.lossless.commands[0]

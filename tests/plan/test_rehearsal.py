@@ -11,13 +11,14 @@ import pytest
 import torch
 
 from swapless.cache import POLICIES
-from swapless.plan.hollow import HollowRun, hollow_model
+from swapless.plan.hollow import HollowRun
 from swapless.plan.precision import as_packed
 from swapless.plan.products import ColdExperts, linear_products
 from swapless.plan.rehearsal import Places, drawn, rehearse
 from swapless.plan.traffic import BlocksTraffic, StoreTraffic
 from swapless.runtime.budget import plan_budget
 from swapless.runtime.door import experts_of
+from swapless.runtime.hollow import hollow_model
 from swapless.runtime.parts import budget_shape, open_store
 
 

@@ -16,7 +16,8 @@ def problems(cache: ExpertCache) -> list[str]:
     """What is wrong with ``cache`` between two requests, a sentence each; nothing is changed."""
     residency = cache.residency
     slots, keys = residency.key_of_slot.size, residency.slot_of_key.size
-    taken = np.flatnonzero(residency.key_of_slot >= 0)
+    withheld = cache.withheld
+    taken = np.array([slot for slot in np.flatnonzero(residency.key_of_slot >= 0).tolist() if slot not in withheld], np.int64)
     resident = np.flatnonzero(residency.slot_of_key >= 0)
     found = []
     if ((residency.slot_of_key >= slots) | (residency.slot_of_key < -1)).any():
@@ -31,7 +32,8 @@ def problems(cache: ExpertCache) -> list[str]:
     for pool, (first, end) in enumerate(pairwise(residency.pool_start.tolist())):
         free = residency.free_slots[first : first + residency.free_count[pool]].tolist()
         inside = taken[(taken >= first) & (taken < end)].tolist()
-        if sorted([*free, *inside]) != list(range(first, end)):
+        out = [slot for slot in range(first, end) if slot in withheld]
+        if sorted([*free, *inside, *out]) != list(range(first, end)):
             found.append(f"Pool {pool} has lost a slot, or has one that is free and taken.")
         elif not free and residency.floor[0] == 0:
             found += _of_victims(cache, pool, inside)
@@ -48,6 +50,7 @@ def _of_victims(cache: ExpertCache, pool: int, taken: list[int]) -> list[str]:
     residency = type(cache.residency)(*(array.copy() for array in cache.residency))
     state: Any = _copied(cache.policy_state)
     clock = int(residency.clock[0]) + 1
+    residency.pinned[list(cache.withheld)] = clock
     named = []
     for _ in taken:
         slot = int(_victim(state, residency, pool, clock))

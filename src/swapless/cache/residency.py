@@ -23,6 +23,8 @@ class Residency(NamedTuple):
     ``demand_sets`` int64 (L,): demand sets served a MoE layer, which in decode are its tokens. ``held`` int32 (L,): slots each
     MoE layer holds, counted only under a floor; ``floor`` int32 (1,): a layer that holds no more than this loses nothing to
     another; ``asking`` int64 (1,): the MoE layer being served. ``layer_of_key`` int32 (L*E,) saves a division.
+    ``withheld`` int32 (slots + 1,): how many slots are out of use for now, and which: pinned in every demand set. Each still
+    names an expert, so that no rule has to ask, but none names it.
     """
 
     slot_of_key: np.ndarray
@@ -39,6 +41,7 @@ class Residency(NamedTuple):
     floor: np.ndarray
     asking: np.ndarray
     layer_of_key: np.ndarray
+    withheld: np.ndarray
 
 
 def empty_residency(
@@ -80,6 +83,7 @@ def empty_residency(
         floor=np.array([floor], np.int32),
         asking=np.zeros(1, np.int64),
         layer_of_key=np.repeat(np.arange(num_moe_layers, dtype=np.int32), num_experts),
+        withheld=np.zeros(slots + 1, np.int32),
     )
 
 

@@ -9,6 +9,7 @@ earlier one, residents first. Prefill takes free slots and those that decode nev
 # Compiled code: numba needs plain signatures, and annotations would say no more than the docstrings do.
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -73,6 +74,12 @@ def _spare_decode(residency: Any, pool: Any, clock: int) -> None:
             residency.pinned[slot] = clock
 
 
+@compiled_apart
+def _pin_withheld(residency: Any, clock: int) -> None:
+    for i in range(1, residency.withheld[0] + 1):
+        residency.pinned[residency.withheld[i]] = clock
+
+
 @compiled
 def serve(
     state: Any,
@@ -110,6 +117,8 @@ def serve(
         stop = begin + 1 if single else n
         clock += 1
         residency.clock[0] = clock
+        if residency.withheld[0] > 0:
+            _pin_withheld(residency, clock)
         on_demand(state, residency, moe_layer, experts[begin:stop], phase)
         for i in range(begin, stop):
             place = np.uint64(i)
@@ -144,6 +153,8 @@ def serve(
                     waves += 1
                     clock += 1
                     residency.clock[0] = clock
+                    if residency.withheld[0] > 0:
+                        _pin_withheld(residency, clock)
                     s = np.int64(victim(state, residency, pool, clock))
                 if s >= 0:
                     old = np.uint64(residency.key_of_slot[np.uint64(s)])
@@ -210,12 +221,15 @@ class ExpertCache:
         self.pool_slots = pool_slots
         self._buffers = [np.empty(num_experts, np.int32) for _ in range(5)]
         self._hit = np.empty(num_experts, np.uint8)
+        self._withheld: frozenset[int] = frozenset()
         self.reset()
 
     def reset(self) -> None:
         """Empty the cache and start the policy afresh."""
         self.residency: Residency = empty_residency(self.num_moe_layers, self.num_experts, self.pool_of_layer, self.pool_slots)
         self._state = fresh_state(self.policy, self.num_moe_layers, self.num_experts, len(self.pool_slots))
+        withheld, self._withheld = self._withheld, frozenset()
+        self.withhold(withheld)
 
     def begin_document(self) -> None:
         """Tell the policy that a new text begins. What is resident stays."""
@@ -270,6 +284,46 @@ class ExpertCache:
             residency.free_slots[residency.pool_start[pool] + residency.free_count[pool]] = slot
             residency.free_count[pool] += 1
             _evicted(self._state, residency, pool, key)
+
+    @property
+    def withheld(self) -> frozenset[int]:
+        """Slots that are out of use for now."""
+        return self._withheld
+
+    def withhold(self, slots: Iterable[int]) -> None:
+        """Let these slots, and no others, hold nothing from now on, until they are given back by another call.
+
+        The experts in them are evicted. A MoE layer that is left without a slot can be served in prefill alone.
+        """
+        residency, wanted = self.residency, frozenset(slots)
+        for slot in sorted(self._withheld - wanted, reverse=True):  # the lowest is handed out first
+            residency.key_of_slot[slot] = -1
+            residency.pinned[slot] = -1
+            self._free(slot)
+        for slot in sorted(wanted - self._withheld):
+            key, pool = int(residency.key_of_slot[slot]), self._pool_of(slot)
+            if key < 0:
+                first = residency.pool_start[pool]
+                free = residency.free_slots[first : first + residency.free_count[pool]]
+                free[:-1] = free[free != slot]
+                residency.free_count[pool] -= 1
+                residency.key_of_slot[slot] = 0  # any expert's name, for rules that look at it before they look at the pin
+            else:
+                residency.slot_of_key[key] = -1
+                residency.held[residency.layer_of_key[key]] -= int(residency.floor[0] > 0)
+                _evicted(self._state, residency, pool, key)
+            residency.used_in_decode[slot] = 0
+        residency.withheld[0] = len(wanted)
+        residency.withheld[1 : len(wanted) + 1] = sorted(wanted)
+        self._withheld = wanted
+
+    def _pool_of(self, slot: int) -> int:
+        return int(np.searchsorted(self.residency.pool_start, slot, side="right")) - 1
+
+    def _free(self, slot: int) -> None:
+        residency, pool = self.residency, self._pool_of(slot)
+        residency.free_slots[residency.pool_start[pool] + residency.free_count[pool]] = slot
+        residency.free_count[pool] += 1
 
 
 def _no_request(moe_layer: int, ids: np.ndarray, num_moe_layers: int) -> UsageError:

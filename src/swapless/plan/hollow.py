@@ -1,12 +1,10 @@
-"""The model without its weights: the real classes, the real engine and cache, and products that answer zero at once.
+"""The model without its weights, run by the real engine and cache: products answer zero at once.
 
-What a forward call of it takes is what transformers and the engine take beside weights and reads; what its KV cache takes is
-what the real one takes. Both without a byte of the checkpoint's weights, and in the memory of a few tensors.
+What a forward call of it takes is what transformers and the engine take beside weights and reads.
 """
 
 from __future__ import annotations
 
-import copy
 import statistics
 import time
 from collections import Counter
@@ -25,7 +23,7 @@ from swapless.plan.traffic import Traffic
 from swapless.runtime.ahead import Lookahead
 from swapless.runtime.budget import Budget
 from swapless.runtime.compute import Experts
-from swapless.runtime.door import IMPLEMENTATION, experts_of, group_heads, skeleton, strip_experts
+from swapless.runtime.door import experts_of, group_heads
 from swapless.runtime.engine import Engine
 from swapless.runtime.fetch import Fetcher
 from swapless.runtime.lookahead import GateLookahead
@@ -64,53 +62,13 @@ class HollowStep(NamedTuple):
     linears: dict[Linear, int]
 
 
-def hollow_model(opened: OpenCheckpoint) -> PreTrainedModel:
-    """The model of ``opened`` with every parameter a single zero, seen as often as its shape asks for.
-
-    Linear layers and embeddings answer zeros without a product. Experts are stripped, and run through our door.
-    """
-    model: Any = skeleton(opened.cls, copy.deepcopy(opened.config))  # the implementation is noted in it
-    strip_experts(model)
-    model.set_experts_implementation(IMPLEMENTATION)
-    dtype = opened.layout.dtype
-    for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                zeros = _zeros(parameter, dtype)
-                module._parameters[name] = torch.nn.Parameter(zeros, requires_grad=False)
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                # A buffer may be written to, so it has memory of its own.
-                module._buffers[name] = torch.zeros(buffer.shape, dtype=buffer.dtype)
-        # Not where a family's own class computes something else, as phimoe's router does, which calls itself a linear layer.
-        forward = type(module).forward
-        if forward is torch.nn.Linear.forward:
-            module.forward = _answer(module.out_features, None)
-        elif forward is torch.nn.Embedding.forward:
-            module.forward = _answer(module.embedding_dim, dtype)
-    return model.eval()
-
-
-def _zeros(parameter: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    kind = dtype if parameter.is_floating_point() else parameter.dtype
-    return torch.zeros((), dtype=kind).expand(parameter.shape)
-
-
-def _answer(width: int, dtype: torch.dtype | None) -> Any:
-    def forward(x: torch.Tensor) -> torch.Tensor:
-        shape = (*x.shape, width) if dtype is not None else (*x.shape[:-1], width)
-        return torch.zeros(shape, dtype=dtype or x.dtype)
-
-    return forward
-
-
 class HollowRun:
     """A hollow model that decodes, with the real engine around experts that are all there; a context manager.
 
     Parameters
     ----------
     model : PreTrainedModel
-        From :func:`hollow_model`; it belongs to the run from now on.
+        From :func:`~swapless.runtime.hollow.hollow_model`; it belongs to the run from now on.
     opened : OpenCheckpoint
         What it is the model of.
     policy : Policy
@@ -241,7 +199,7 @@ class HollowRun:
     @property
     def blocks(self) -> int:
         """Places of the engine for experts, but for those read ahead."""
-        return self._engine.budget.slots + self._engine.budget.staging_slots
+        return self._engine.budget.slots + self._engine.budget.staging_blocks
 
     def resident(self, moe_layer: int, expert: int) -> bool:
         """Whether an expert is in a slot now."""

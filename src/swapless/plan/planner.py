@@ -15,7 +15,7 @@ from swapless.cache import DEFAULT_POLICY, POLICIES
 from swapless.errors import BudgetError, UsageError, message
 from swapless.plan.commands import commands
 from swapless.plan.hits import Hits
-from swapless.plan.hollow import HollowRun, hollow_model
+from swapless.plan.hollow import HollowRun
 from swapless.plan.machine import Machine
 from swapless.plan.precision import as_packed, disk_bytes
 from swapless.plan.reads import Reads
@@ -24,7 +24,8 @@ from swapless.plan.speed import GATE_RECALL
 from swapless.plan.timing import Expectation, Timing
 from swapless.runtime.budget import Budget, plan_budget
 from swapless.runtime.door import experts_of
-from swapless.runtime.dry import DryRun, dry_run
+from swapless.runtime.forecast import Forecast, forecast
+from swapless.runtime.hollow import hollow_model
 from swapless.runtime.memory import MemoryMeter
 from swapless.runtime.open import OpenCheckpoint
 from swapless.runtime.parts import AUTO_PREFETCH, budget_shape, context_of, gate_leads, parts_to_come
@@ -102,14 +103,20 @@ def plan(
         raise UsageError(message("The recall is a share of experts.", got=str(recall), allowed="0 to 1"))
     report("measuring the model without its weights", 0.1)
     model = hollow_model(opened)
-    dry = dry_run(model)
+    found = forecast(opened, context_tokens)
     if opened.manifest is None:
         forms = [(opened if bits == dense == 16 else as_packed(opened, bits, dense, model)) for bits, dense in precisions]
     else:
         forms = [opened]
     reads = Reads(opened, machine, whole, Check.of(check))
     divide = partial(
-        _budget, dry=dry, reads=reads, machine=machine, memory_bytes=memory_bytes, context_tokens=context_tokens, policy=policy
+        _budget,
+        found=found,
+        reads=reads,
+        machine=machine,
+        memory_bytes=memory_bytes,
+        context_tokens=context_tokens,
+        policy=policy,
     )
     cases = [case for form in forms for case in _cases(form, divide)]
     largest = next((case.budget for case in cases if case.budget is not None), None)
@@ -160,7 +167,7 @@ def _budget(
     form: OpenCheckpoint,
     leads: Sequence[int],
     *,
-    dry: DryRun,
+    found: Forecast,
     reads: Reads,
     machine: Machine,
     memory_bytes: int,
@@ -179,14 +186,14 @@ def _budget(
         "loading": machine.loading_bytes + _TENSOR_BYTES * len(form.refs),
     }
     shape = budget_shape(form, context_tokens, leads, ahead_if_worth=True)
-    come = parts_to_come(form, POLICIES.get(policy)(), dry, context_tokens, reads.io_bytes(form))
+    come = parts_to_come(form, POLICIES.get(policy)(), found, context_tokens, reads.io_bytes(form))
     # How many reads are in flight is probed anew by each load, so what is promised holds for the most of them.
     most = fixed | come | {"io_buffers": reads.most_io_bytes(form)}
-    whole = plan_budget(total_bytes=None, resident_share=1.0, fixed_parts=most, **shape)
-    needs = min(whole.floor_bytes, whole.total_bytes)
+    prompt = {"prompt_bytes": found.needs.prompt_bytes}
+    needs = plan_budget(total_bytes=None, resident_share=1.0, fixed_parts=most, **prompt, **shape).floor_bytes
     if memory_bytes < needs:
         return None, needs
-    return plan_budget(total_bytes=memory_bytes, resident_share=None, fixed_parts=fixed | come, **shape), needs
+    return plan_budget(total_bytes=memory_bytes, resident_share=None, fixed_parts=fixed | come, **prompt, **shape), needs
 
 
 def _set_up(

@@ -16,11 +16,11 @@ from typing import Any
 import transformers
 
 from swapless import embedded
-from swapless.plan.hollow import hollow_model
 from swapless.plan.hub import write_ghost
 from swapless.plan.precision import as_packed
 from swapless.plan.products import ColdExperts, expert_time
 from swapless.runtime.door import experts_of, model_class, skeleton
+from swapless.runtime.hollow import hollow_model
 from swapless.runtime.model import load
 from swapless.runtime.open import OpenCheckpoint, open_checkpoint
 from swapless.store.headers import SINGLE_NAME

@@ -1,8 +1,8 @@
 """The byte budget: what every part of the process may hold, and how many slots are left for experts.
 
 The budget is a cap on the whole process, so everything else is subtracted from it first, by measurement where it exists
-already (interpreter, libraries, non-expert weights) and by calculation where it is still to come (KV cache of the whole
-context, activations of a prefill that fills it, buffers).
+already (interpreter, libraries, non-expert weights), where it was tried out (KV cache and values of forward calls) and by
+calculation where it is still to come (buffers). What a long prompt holds beyond a decode step is lent by slots while it runs.
 """
 
 from __future__ import annotations
@@ -20,8 +20,11 @@ STAGING_SLOTS = 4
 AHEAD_WORTH = 8
 """Slots that the cache must keep for each one set aside for reading ahead, where that is left to the budget."""
 
-_SLACK_BYTES = 24 << 20
-"""Left free: allocator fragments, the trace of the run, the interpreter's own growth while generating."""
+VIEWS_BYTES = 2560
+"""What the interpreter holds of a slot: its memory seen as parameters."""
+
+SLACK_BYTES = 12 << 20
+"""Left free: allocator fragments, the interpreter's own growth while generating, text and tokens of the user."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,7 +33,10 @@ class Budget:
 
     ``slots`` counts expert slots of the cache; ``staging_slots`` serve prefill, ``ahead_slots`` what is read ahead;
     ``token_cycle_bytes`` is what one decoded token asks for
-    (L * K experts), below which a cache can keep nothing from one token to the next.
+    (L * K experts), below which a cache can keep nothing from one token to the next. ``prompt_bytes`` is what a prompt of
+    the whole context holds at once: ``parts["activations"]`` and ``parts["prompt"]`` are there for it, the rest is lent by
+    slots while it runs. ``capped`` says that a total was asked for, to which the process is held; of a share it is what a
+    prompt of one sequence takes, and slots lend nothing.
     """
 
     total_bytes: int
@@ -44,12 +50,19 @@ class Budget:
     num_experts_total: int
     token_cycle_bytes: int
     context_tokens: int
+    prompt_bytes: int = 0
+    capped: bool = True
     warnings: tuple[str, ...] = ()
 
     @property
     def resident_share(self) -> float:
         """Slots over all experts of the model, in (0, 1]."""
         return self.slots / self.num_experts_total
+
+    @property
+    def staging_blocks(self) -> int:
+        """Where all experts have a slot, staging costs nothing but for prompts that some of the slots lend memory to."""
+        return self.staging_slots or min(STAGING_SLOTS, self.num_experts_total)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -68,6 +81,8 @@ def plan_budget(
     context_tokens: int,
     ahead_slots: int = 0,
     ahead_if_worth: bool = False,
+    prompt_bytes: int = 0,
+    least_bytes: int = 0,
 ) -> Budget:
     """Divide a budget, or find the one that a resident share needs.
 
@@ -89,39 +104,55 @@ def plan_budget(
         Slots beside the cache for what is read ahead; none are needed where every expert is resident.
     ahead_if_worth : bool
         Set none aside where the cache would be left with fewer than ``AHEAD_WORTH`` times as many.
+    prompt_bytes : int
+        What a prompt of the whole context holds at once; of the fixed parts ``"activations"`` are there for it, and slots
+        lend the rest.
+    least_bytes : int
+        The floor is no lower than this.
 
     Raises
     ------
     BudgetError
-        The budget is below its floor: the fixed parts, one slot, the staging slots and those for reading ahead.
+        The budget is below its floor: the fixed parts, and either one slot, the staging slots and those for reading ahead, or
+        the staging slots and what a prompt holds, whichever is more.
     """
-    fixed = dict(fixed_parts) | {"slack": _SLACK_BYTES}
+    fixed = {"slack": SLACK_BYTES} | dict(fixed_parts)
     fixed_bytes = sum(fixed.values())
     staging = min(STAGING_SLOTS, num_experts_total)
     needed = staging + (0 if ahead_if_worth else ahead_slots)
-    floor = fixed_bytes + (1 + needed) * slot_bytes
+    lent = max(0, prompt_bytes - fixed.get("activations", 0))
+    cost = slot_bytes + VIEWS_BYTES
+    least = max((1 + needed) * cost, staging * cost + lent)
+    floor = max(fixed_bytes + min(least, num_experts_total * cost + lent), least_bytes)
+    capped = total_bytes is not None
     if total_bytes is None:
         assert resident_share is not None, "either a budget or a share is given"
         slots = max(1, int(resident_share * num_experts_total + 1e-9))
     else:
-        slots = (total_bytes - fixed_bytes) // slot_bytes
+        # All at once only where a prompt leaves them all: whoever lends slots reads experts again, through staging.
+        slots = (total_bytes - fixed_bytes - lent) // cost
         if slots < num_experts_total:
-            slots -= staging + ahead_slots
-    if slots >= num_experts_total:
+            slots = min(num_experts_total, (total_bytes - fixed_bytes) // cost - staging - ahead_slots)
+        else:
+            slots, staging, ahead_slots = num_experts_total, 0, 0
+    if total_bytes is None and slots >= num_experts_total:
         slots, staging, ahead_slots = num_experts_total, 0, 0
-    elif ahead_if_worth and slots < AHEAD_WORTH * ahead_slots:
-        slots += 0 if total_bytes is None else ahead_slots
+    elif slots >= num_experts_total or (ahead_if_worth and slots < AHEAD_WORTH * ahead_slots):
+        slots = min(num_experts_total, slots + (0 if total_bytes is None else ahead_slots))
         ahead_slots = 0
+    held = (slots + staging + ahead_slots) * cost
+    prompt = max(0, lent + staging * cost - held) if staging and capped else lent
     if total_bytes is None:
-        total_bytes = fixed_bytes + (slots + staging + ahead_slots) * slot_bytes
-    if slots < 1:
-        parts = ", ".join(f"{name} {format_size(size)}" for name, size in fixed.items())
+        total_bytes = max(fixed_bytes + held + prompt, least_bytes)
+    if slots < 1 or total_bytes < floor:
+        parts = ", ".join(f"{name} {format_size(size)}" for name, size in fixed.items() if size)
         raise BudgetError(
             message(
                 "The memory budget is too small for this model.",
                 got=f"{format_size(total_bytes)} ({total_bytes} bytes)",
                 allowed=f"at least {format_size(floor)} ({floor} bytes): {parts}, "
-                f"and {1 + needed} experts of {format_size(slot_bytes)}",
+                f"and {1 + needed} experts of {format_size(slot_bytes)}"
+                f" or a prompt of {context_tokens} tokens, {format_size(lent)} more",
                 step="Raise --memory, or lower --context.",
             )
         )
@@ -133,7 +164,14 @@ def plan_budget(
         )
     return Budget(
         total_bytes=total_bytes,
-        parts=fixed | {"staging": staging * slot_bytes, "ahead": ahead_slots * slot_bytes, "slots": slots * slot_bytes},
+        parts=fixed
+        | {
+            "prompt": prompt,
+            "views": held - (slots + staging + ahead_slots) * slot_bytes,
+            "staging": staging * slot_bytes,
+            "ahead": ahead_slots * slot_bytes,
+            "slots": slots * slot_bytes,
+        },
         floor_bytes=floor,
         slots=slots,
         staging_slots=staging,
@@ -143,5 +181,7 @@ def plan_budget(
         num_experts_total=num_experts_total,
         token_cycle_bytes=experts_a_token * expert_bytes,
         context_tokens=context_tokens,
+        prompt_bytes=prompt_bytes,
+        capped=capped,
         warnings=tuple(warnings),
     )

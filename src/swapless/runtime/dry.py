@@ -11,16 +11,36 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PreTrainedModel
 
-from swapless.runtime.door import experts_of
+from swapless.runtime.door import ROOM_TOKENS, experts_of, windows_of
 
 _SHORT, _LONG = 4, 20
 
 
-class DryRun(NamedTuple):
-    """``cache_bytes_per_token`` and ``cache_bytes_fixed`` of one sequence, and K as the router really hands it out."""
+class CacheSize(NamedTuple):
+    """What a sequence takes in the KV cache, in bytes.
 
-    cache_bytes_per_token: int
-    cache_bytes_fixed: int
+    ``fixed`` whatever its length, ``per_token`` for each token, and for each of the last tokens of layers with a window, by
+    ``windows``: (bytes a token, tokens that are kept).
+    """
+
+    fixed: int
+    per_token: int
+    windows: tuple[tuple[int, int], ...] = ()
+
+    def of(self, tokens: int) -> int:
+        """Of a sequence of so many tokens, with the room that layers make for a few more."""
+        room = -(-tokens // ROOM_TOKENS) * ROOM_TOKENS
+        return self.fixed + self.per_token * room + sum(nbytes * min(tokens, kept) for nbytes, kept in self.windows)
+
+    def whole(self, tokens: int) -> int:
+        """What layers with a window hold beyond it until a prompt of so many tokens is over."""
+        return sum(nbytes * max(0, tokens - kept) for nbytes, kept in self.windows)
+
+
+class DryRun(NamedTuple):
+    """The cache of one sequence, and K as the router really hands it out."""
+
+    cache: CacheSize
     top_k: int
 
 
@@ -42,17 +62,21 @@ def dry_run(model: PreTrainedModel) -> DryRun:
     for module in modules:
         module.swapless_engine = stand_in  # type: ignore[assignment]
     try:
-        small, large = (_cache_bytes(model, tokens) for tokens in (_SHORT, _LONG))
+        (small, seen), (large, _) = (_cache_bytes(model, tokens) for tokens in (_SHORT, _LONG))
     finally:
         for module in modules:
             del module.swapless_engine
     per_token = max(0, large - small) // (_LONG - _SHORT)
-    return DryRun(per_token, max(0, small - _SHORT * per_token), stand_in.top_k)
+    fixed = max(0, small - _SHORT * per_token)
+    # Windows are longer than the runs: until they are full, what they keep of a token looks like what all others keep.
+    windows = tuple((nbytes, kept) for nbytes, kept in seen if kept >= _LONG)
+    return DryRun(CacheSize(fixed, max(0, per_token - sum(nbytes for nbytes, _ in windows)), windows), stand_in.top_k)
 
 
-def _cache_bytes(model: PreTrainedModel, tokens: int) -> int:
+def _cache_bytes(model: PreTrainedModel, tokens: int) -> tuple[int, list[tuple[int, int]]]:
     out = model(input_ids=torch.zeros((1, tokens), dtype=torch.long), use_cache=True)  # the one id that every vocabulary has
-    return _tensor_bytes(getattr(out, "past_key_values", None), set())
+    cache = getattr(out, "past_key_values", None)
+    return _tensor_bytes(cache, set()), windows_of(cache)
 
 
 def _tensor_bytes(value: Any, seen: set[int]) -> int:
@@ -70,23 +94,3 @@ def _tensor_bytes(value: Any, seen: set[int]) -> int:
         seen.add(id(value))
         return _tensor_bytes(vars(value), seen)
     return 0
-
-
-def activation_bytes(config: Any, context_tokens: int, dtype: torch.dtype) -> int:
-    """Upper estimate of what one prefill of ``context_tokens`` holds at once besides weights and cache.
-
-    Counts per token the residual stream and its copies, queries, keys, values and attention output, the widest
-    feed-forward, and a gathered expert's input and inner values; once, the logits of the last token in float32.
-    """
-    values = config.get_text_config().to_dict()  # as attributes, those that differ between blocks may refuse to be read
-
-    def size(name: str) -> int:
-        value = values.get(name)
-        sizes = value if isinstance(value, (list, tuple)) else value.values() if isinstance(value, dict) else [value]
-        return int(max((size for size in sizes if isinstance(size, (int, float))), default=0))
-
-    hidden = size("hidden_size")
-    heads = size("num_attention_heads") * (size("head_dim") or hidden // max(1, size("num_attention_heads")))
-    inner = max(size("intermediate_size"), 2 * size("moe_intermediate_size"), size("shared_expert_intermediate_size"))
-    per_token = dtype.itemsize * (8 * hidden + 4 * heads + 3 * inner) + 4 * 2 * hidden
-    return context_tokens * per_token + 8 * size("vocab_size")

@@ -1,15 +1,10 @@
-"""The loop of one MoE block: what is needed, what is missing, compute what is here while the rest arrives.
-
-Decode reads all misses of a wave at once and computes residents meanwhile. Prefill walks the experts in ascending order and
-reads ahead of itself; an expert that gets no slot passes through a staging slot. Either way outputs are added in ascending
-expert id and no expert's tokens are split, so the result does not depend on what was resident.
-"""
+"""Everything behind one loaded model: its calls, its slots, and what they did."""
 
 from __future__ import annotations
 
 import sys
 import weakref
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Callable
 from types import FrameType
 from typing import Any, NoReturn
@@ -17,19 +12,22 @@ from typing import Any, NoReturn
 import numpy as np
 import torch
 
-from swapless.cache.serve import ExpertCache, Served
+from swapless.cache.serve import ExpertCache
 from swapless.errors import ClosedError, IntegrityError, UnsupportedOperationError, message
 from swapless.notation import Phase
 from swapless.runtime.ahead import Lookahead
+from swapless.runtime.block import decode_block, prefill_block
 from swapless.runtime.budget import Budget
-from swapless.runtime.compute import Experts, Routed, accumulator, routed
+from swapless.runtime.compute import Experts, accumulator, routed
 from swapless.runtime.crowd import Crowd, System
 from swapless.runtime.fetch import Fetcher
 from swapless.runtime.integrity import problems
 from swapless.runtime.memory import MemoryMeter
+from swapless.runtime.needs import Call, Needs
 from swapless.runtime.nesting import Calls
 from swapless.runtime.plain import check_plain, check_untraced
 from swapless.runtime.pool import SlotPool
+from swapless.runtime.room import Room
 from swapless.runtime.routers import RouterTap
 from swapless.runtime.routing import RoutingLog, Step
 from swapless.runtime.stats import Stats
@@ -66,6 +64,7 @@ class Engine:
         meter: MemoryMeter,
         routing: RoutingLog,
         lookahead: Lookahead | None = None,
+        needs: Needs | None = None,
     ) -> None:
         self.budget = budget
         self.probe = probe
@@ -74,7 +73,8 @@ class Engine:
         self._experts = experts
         self._meter = meter
         self._routing = routing
-        self._fetcher = Fetcher(store, pool, budget, probe.depth, lookahead, cache.resident)
+        self._fetcher = Fetcher(store, pool, budget, probe.depth, lookahead, cache.resident, cache.pool_slots)
+        self._room = None if needs is None else Room(budget, needs, meter, pool, self._fetcher, cache)
         self.turn = Turn(self._begin_child)
         self._phase = Phase.PREFILL
         self._under_way: tuple[int, np.ndarray] | None = None
@@ -202,6 +202,19 @@ class Engine:
                 if not self.calls.inside:
                     self._crowd.leave()
 
+    def make_room(self, call: Call, phase: Phase) -> None:
+        """A forward call of these sizes is about to begin: slots lend it what it holds beside the budget's parts.
+
+        Raises
+        ------
+        BudgetError
+            The budget has no room for it.
+        """
+        if self._room is not None:
+            self._check_usable()
+            rows = call.batch * call.new * self._routing.row_bytes
+            self._room.make(call, decode=phase is Phase.DECODE, nested=self.calls.nested, rows_bytes=rows)
+
     def begin_step(self, step: Step) -> None:
         """A forward call of the whole model begins."""
         self._check_usable()
@@ -221,6 +234,8 @@ class Engine:
         if done is None:
             return
         self._meter.sample()
+        if self._room is not None:
+            self._room.done(nested=self.calls.nested)
         decode = done.step.phase is Phase.DECODE
         done.add_to(self._counts)
         self._crowd.step_done(done.seconds, decode=decode)
@@ -263,11 +278,11 @@ class Engine:
             if self._fetcher.prefetcher is not None:
                 self._fetcher.collect()
                 self._fetcher.prefetcher.chosen(moe_layer, ids_TK, served.experts.tolist())
-            tokens = routed(hidden_TD, ids, weights_TK)
+            tokens, out = routed(hidden_TD, ids, weights_TK), accumulator(module, hidden_TD, weights_TK)
             if self._phase is Phase.DECODE:
-                out = self._decode(module, moe_layer, served, tokens, accumulator(module, hidden_TD, weights_TK), hidden_TD)
+                out = decode_block(self._fetcher, self._experts, module, moe_layer, served, tokens, out, hidden_TD)
             else:
-                out = self._prefill(module, moe_layer, served, tokens, accumulator(module, hidden_TD, weights_TK))
+                out = prefill_block(self._fetcher, self._experts, module, moe_layer, served, tokens, out)
             self._under_way = None
         except BaseException:
             self._come_to_rest()
@@ -283,85 +298,6 @@ class Engine:
             counts["decode_reads"] += fetched["reads"] - before[0]
             counts["decode_bytes_read"] += fetched["bytes_read"] - before[1]
         return out.to(hidden_TD.dtype)
-
-    def _decode(
-        self,
-        module: Any,
-        moe_layer: int,
-        served: Served,
-        tokens: Routed,
-        out_TD: torch.Tensor,
-        hidden_TD: torch.Tensor,
-    ) -> torch.Tensor:
-        slot_of = dict(zip(served.experts.tolist(), served.slot.tolist(), strict=True))
-        waves: list[list[int]] = [[] for _ in range(served.waves)]
-        here: list[int] = []
-        for expert, hit, wave in zip(served.experts.tolist(), served.hit.tolist(), served.wave.tolist(), strict=True):
-            (here if hit else waves[wave]).append(expert)
-        outputs: dict[int, torch.Tensor] = {}
-        prefetcher = self._fetcher.prefetcher
-
-        def compute(experts: list[int]) -> None:
-            blocks = [self._fetcher.block(slot_of[expert]) for expert in experts]
-            hidden = [tokens.gather(expert) for expert in experts]
-            outputs.update(zip(experts, self._experts(module, moe_layer, blocks, hidden), strict=True))
-
-        for number, wave in enumerate(waves):
-            coming = 0
-            for expert in wave:
-                if self._fetcher.demand(moe_layer, expert, slot_of[expert]):
-                    here.append(expert)
-                else:
-                    coming += 1
-            if prefetcher is not None and number == len(waves) - 1:
-                prefetcher.reads.pass_by(moe_layer)
-                prefetcher.look(moe_layer, hidden_TD)
-            if here:
-                compute(here)
-            here = []
-            while coming:
-                landed = self._fetcher.arrivals()
-                for read in landed:
-                    self._fetcher.settle(read, slot_of[read.expert])
-                coming -= len(landed)
-                compute([read.expert for read in landed])
-        tokens.add(out_TD, outputs)
-        return out_TD
-
-    def _prefill(self, module: Any, moe_layer: int, served: Served, tokens: Routed, out_TD: torch.Tensor) -> torch.Tensor:
-        slot_of: dict[int, int] = dict(zip(served.experts.tolist(), served.slot.tolist(), strict=True))
-        hits = {expert for expert, hit in zip(served.experts.tolist(), served.hit.tolist(), strict=True) if hit}
-        to_read = deque(sorted(expert for expert in slot_of if expert not in hits))
-        streamed: dict[int, int] = {}
-        here = set(hits)
-
-        def read_ahead() -> None:
-            while to_read:
-                expert = to_read[0]
-                if slot_of[expert] >= 0:
-                    if self._fetcher.demand(moe_layer, expert, slot_of[expert]):
-                        here.add(expert)
-                else:
-                    block = self._fetcher.stream(moe_layer, expert)
-                    if block is None:
-                        return
-                    streamed[expert] = block
-                to_read.popleft()
-
-        read_ahead()
-        for expert in sorted(slot_of):
-            while expert not in here:
-                read = self._fetcher.arrival()
-                here.add(read.expert)
-                if read.expert not in streamed:
-                    self._fetcher.settle(read, slot_of[read.expert])
-            block = streamed[expert] if expert in streamed else self._fetcher.block(slot_of[expert])
-            (y_ND,) = self._experts(module, moe_layer, [block], [tokens.gather(expert)])
-            tokens.add(out_TD, {expert: y_ND})
-            if expert in streamed:
-                self._fetcher.free_staging.append(block)
-                read_ahead()
-        return out_TD
 
     def _check_usable(self) -> None:
         """Refuse a closed model, and make one usable that came into this process by a fork."""

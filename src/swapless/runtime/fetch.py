@@ -6,7 +6,8 @@ A cache slot is a name for a block of the pool. What was read ahead becomes resi
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import accumulate, pairwise
 from typing import Any
 
 from swapless.errors import ReadError, message
@@ -25,7 +26,7 @@ class Fetcher:
     store : Store
         Where from.
     pool : SlotPool
-        Where to; its first blocks are the cache slots, then come staging and the blocks for reading ahead.
+        Where to; its first blocks are for staging, then come the cache slots, then the blocks for reading ahead.
     budget : Budget
         How many of each.
     depth : int
@@ -34,6 +35,8 @@ class Fetcher:
         Foresees what to read ahead.
     resident : callable of (moe_layer, expert) -> bool
         What the cache holds.
+    pool_slots : sequence of int
+        Slots of each of the cache's pools, in order; all in one by default.
     """
 
     def __init__(
@@ -44,15 +47,18 @@ class Fetcher:
         depth: int,
         lookahead: Lookahead | None,
         resident: Callable[[int, int], bool],
+        pool_slots: Sequence[int] = (),
     ) -> None:
-        self._store, self._pool, self._budget = store, pool, budget
+        self._store, self._pool = store, pool
         self._loader = Loader(store.read_part, store.parts, pool.bytes_of, store.bounce_buffer, depth)
-        self._block_of_slot = list(range(budget.slots))
-        self._staging = range(budget.slots, budget.slots + budget.staging_slots)
+        self._staging = range(budget.staging_blocks)
+        self._slot_pools = slot_ranges(pool_slots or [budget.slots])
+        self._block_of_slot = spread(self._slot_pools, self._staging.stop)
         self.free_staging = list(self._staging)
+        self.blocks = pool.slots
         self.prefetcher: Prefetcher | None = None
         if lookahead is not None:
-            blocks = range(self._staging.stop, pool.slots)
+            blocks = range(self._staging.stop + budget.slots, pool.slots)
             self.prefetcher = Prefetcher(lookahead, ReadAhead(self._loader, blocks), resident)
         self.reset_counts()
 
@@ -146,7 +152,30 @@ class Fetcher:
         self.free_staging = list(self._staging)
         if self.prefetcher is not None:
             taken = {*self._block_of_slot, *self._staging}
-            self.prefetcher.reads.reset(block for block in range(self._pool.slots) if block not in taken)
+            self.prefetcher.reads.reset(block for block in range(self.blocks) if block not in taken)
+
+    def use(self, blocks: int) -> tuple[list[int], list[int]]:
+        """From now on, between two forward calls, use the first ``blocks`` blocks of memory alone, and give the others back.
+
+        Returns the slots that are left without memory, and those whose memory is another one's from now on, so that what they
+        held is gone too: a pool that would be left with none gets a slot's from the pool that has most.
+        """
+        self._loader.drain()
+        of = self._block_of_slot
+        left = [[slot for slot in pool if of[slot] < blocks] for pool in self._slot_pools]
+        changed = []
+        for slots, pool in zip(left, self._slot_pools, strict=True):
+            most = max(left, key=len)
+            if not slots and len(pool) and len(most) > 1:
+                giver, taker = most.pop(), pool[0]
+                of[giver], of[taker] = of[taker], of[giver]
+                slots.append(taker)
+                changed.append(taker)
+        if blocks < self.blocks:
+            self._pool.release(range(blocks, self.blocks))
+        self.blocks = blocks
+        self.come_to_rest()
+        return [slot for slot, block in enumerate(of) if block >= blocks], changed
 
     def reader_ids(self) -> list[int]:
         """What the system calls the reader threads."""
@@ -157,7 +186,8 @@ class Fetcher:
         ahead = [] if self.prefetcher is None else self.prefetcher.reads.blocks
         blocks = [*self._block_of_slot, *self._staging, *ahead]
         found = []
-        if sorted(blocks) != list(range(self._pool.slots)):
+        lent = set(range(self.blocks, self._pool.slots)) - set(blocks)
+        if sorted([*blocks, *lent]) != list(range(self._pool.slots)):
             found.append(f"Memory is lost or used twice: slots, staging and reads ahead have blocks {blocks}.")
         if sorted(self.free_staging) != list(self._staging):
             found.append(f"Staging is in use: of blocks {list(self._staging)} only {self.free_staging} are free.")
@@ -174,7 +204,8 @@ class Fetcher:
 
     def start_afresh(self) -> None:
         """Forget everything: no read under way, and no block holds an expert."""
-        self._block_of_slot = list(range(self._budget.slots))
+        self._block_of_slot = spread(self._slot_pools, self._staging.stop)
+        self.blocks = self._pool.slots
         self.come_to_rest()
 
     def close(self) -> None:
@@ -191,3 +222,17 @@ class Fetcher:
         self.counts["reads"] += 1
         self.counts["bytes_read"] += read.nbytes
         self.counts["read_s"] += read.seconds
+
+
+def slot_ranges(pool_slots: Sequence[int]) -> list[range]:
+    """The slots of each pool, where pools follow one another."""
+    return [range(first, end) for first, end in pairwise(accumulate(pool_slots, initial=0))]
+
+
+def spread(pools: Sequence[range], first: int) -> list[int]:
+    """A block for every slot, from ``first`` on, the pools taking turns: the last blocks are some of every pool."""
+    order = sorted((slot - pool.start, number, slot) for number, pool in enumerate(pools) for slot in pool)
+    block_of_slot = [0] * len(order)
+    for place, (_, _, slot) in enumerate(order):
+        block_of_slot[slot] = first + place
+    return block_of_slot

@@ -30,6 +30,8 @@ def _of_weights(store: Store, cache: ExpertCache, pool: SlotPool, fetcher: Fetch
     found = []
     fresh, bounce = aligned_buffer(pool.slot_bytes), store.bounce_buffer()
     for slot in np.flatnonzero(cache.residency.key_of_slot >= 0).tolist():
+        if slot in cache.withheld:
+            continue
         moe_layer, expert = divmod(int(cache.residency.key_of_slot[slot]), cache.num_experts)
         for part in range(store.parts(moe_layer, expert)):
             store.read_part(moe_layer, expert, part, fresh, bounce)

@@ -30,6 +30,9 @@ _PAGE = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
 CODE_BYTES = 32 << 20
 """How much page cache of code is worth dropping, and how much of it a run may read again."""
 
+KERNEL_BYTES = 4 << 20
+"""What a cgroup is charged beside the memory of a process of this kind: page tables, stacks, files that are open."""
+
 
 def drop_unused_cache() -> int:
     """Give back what a limited cgroup is charged for files of libraries and code beyond the pages that are mapped.
@@ -140,32 +143,42 @@ class MemoryMeter:
         self._cgroup = own_cgroup(root)
         self._status = _Status()
         self.source = "cgroup" if self._cgroup else "rss_anon" if self._status.there else "unknown"
-        self._peak = 0
+        self._peak = self._most_anonymous = 0
         self._mark = self._status.high_water()
         self._beside = 0  # what the group is charged beside our anonymous memory
         if self._cgroup:
-            self._beside = max(0, self._cgroup.used_bytes() - self._anonymous())
+            self._beside = max(0, self._cgroup.used_bytes() - self.anonymous_bytes())
         _meters.add(self)
         self.sample()
 
     def now_bytes(self) -> int:
         """What counts against the budget now."""
-        anonymous = self._anonymous()
+        anonymous = self.anonymous_bytes()
         return max(anonymous, self._cgroup.used_bytes()) if self._cgroup else anonymous
 
+    def base_bytes(self) -> int:
+        """The same, with what the kernel holds for any process even where no cgroup counts it: alike in both cases."""
+        anonymous = self.anonymous_bytes()
+        return max(self.now_bytes(), anonymous + KERNEL_BYTES) if anonymous else 0
+
     def quick_bytes(self) -> int:
-        """The same for every step: page cache that came since the meter was made, and may go again, is left out."""
-        return self._anonymous() + self._beside
+        """The same for every step: page cache that came since :meth:`settle`, and may go again, is left out."""
+        return self.anonymous_bytes() + max(self._beside, KERNEL_BYTES)
+
+    def anonymous_peak_bytes(self) -> int:
+        """The most anonymous memory that was held since :meth:`begin`, and what the group was charged beside it."""
+        self.sample()
+        return self._most_anonymous + max(self._beside, KERNEL_BYTES)
 
     def settle(self) -> None:
         """What is charged beside anonymous memory now is there to stay."""
         if self._cgroup:
-            self._beside = max(0, self._cgroup.used_bytes() - self._anonymous())
+            self._beside = max(0, self._cgroup.used_bytes() - self.anonymous_bytes())
 
     def begin(self) -> None:
         """Forget what the process held before now, as far as the kernel allows it."""
         if _reset_high_water():
-            self._peak = 0
+            self._peak = self._most_anonymous = 0
             self.sample()
         else:
             self.blind = True
@@ -182,6 +195,7 @@ class MemoryMeter:
         anonymous = resident - files
         # A mark that has not moved may be older than the meter.
         held = max(anonymous, mark - files) if mark > self._mark else anonymous
+        self._most_anonymous = max(self._most_anonymous, held)
         if self._cgroup is not None:
             held = max(held + self._beside, self._cgroup.used_bytes())
         self._peak = max(self._peak, held)
@@ -198,7 +212,8 @@ class MemoryMeter:
                 return int(self._cgroup.peak.read_text())
         return self._peak
 
-    def _anonymous(self) -> int:
+    def anonymous_bytes(self) -> int:
+        """Memory of the process that lies in no file."""
         resident, files = self._status.resident()
         return resident - files
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,14 +17,22 @@ from swapless.cache import DEFAULT_POLICY, POLICIES
 from swapless.cache.policy import Policy
 from swapless.cache.residency import layer_pools
 from swapless.cache.serve import ExpertCache
-from swapless.errors import CheckpointCorruptError, UsageError, message
+from swapless.errors import BudgetError, CheckpointCorruptError, UsageError, message
 from swapless.notation import Phase
 from swapless.runtime.ahead import Lookahead
-from swapless.runtime.budget import Budget, plan_budget
+from swapless.runtime.allocator import give_back
+from swapless.runtime.budget import SLACK_BYTES, Budget, plan_budget
 from swapless.runtime.compute import Experts
-from swapless.runtime.door import experts_of, foreign_errors, generation_config, group_heads, load_non_experts
-from swapless.runtime.dry import dry_run
+from swapless.runtime.door import (
+    experts_of,
+    foreign_errors,
+    generation_config,
+    group_heads,
+    load_non_experts,
+    part_heads,
+)
 from swapless.runtime.engine import Engine
+from swapless.runtime.forecast import Forecast, forecast
 from swapless.runtime.memory import CODE_BYTES, MemoryMeter, available_bytes, drop_unused_cache
 from swapless.runtime.offloaded import offloaded_class
 from swapless.runtime.open import OpenCheckpoint, open_checkpoint
@@ -37,13 +46,19 @@ from swapless.runtime.steps import StepHooks
 from swapless.runtime.store import Store
 from swapless.runtime.turns import Turn
 from swapless.store.packed import Check, Manifest, check_dense_file
-from swapless.store.probe import HELD_BYTES, Probe, probe
+from swapless.store.probe import DEPTHS, HELD_BYTES, Probe, probe
 from swapless.store.read import FileReader
 from swapless.store.tensors import TensorReader
 from swapless.units import parse_share, parse_size
 
 _AUTO_SHARE = 0.8
 """Of what is available, the part that ``memory="auto"`` takes."""
+
+_DIFFER_BYTES = 3 << 20
+"""What the kernel's figures of two processes that do the same differ by."""
+
+_SELDOM = ("prediction", "code")
+"""Parts of a budget that are left out where there is nothing of them."""
 
 _LOADING = Turn()
 """transformers changes switches of the whole process while it builds a model, and memory is measured by differences."""
@@ -167,7 +182,6 @@ def _load(
     meter = opening.enter_context(closing(MemoryMeter()))
     meter.begin()
     dropped_bytes = drop_unused_cache()
-    base_bytes = meter.now_bytes()
     report("reading headers", 0.0)
     folder = checkpoint_folder(checkpoint, revision=revision, token=token, local_files_only=local_files_only)
     opened = open_checkpoint(folder, dtype)
@@ -180,41 +194,75 @@ def _load(
     layers = opened.layout.moe_layers
     if_worth = ahead is not None and ahead.if_worth
     shape = budget_shape(opened, context_tokens, ahead.leads if ahead else [], ahead_if_worth=if_worth)
+
+    report("trying out the model without its weights", 0.05)
+    _warm_kernels(chosen)
+    compute = computation(opened)
+    found = forecast(opened, context_tokens, attn_implementation)
+    lookahead_bytes = read_bytes = 0
+    if ahead is not None and not if_worth:
+        before_bytes = meter.now_bytes()
+        ahead.read()
+        read_bytes = max(0, meter.now_bytes() - before_bytes)
+        lookahead_bytes = ahead.growth_bytes(context_tokens)
     if memory == "auto" or (total_bytes is None and share is None):
-        total_bytes = base_bytes + int(_AUTO_SHARE * available_bytes())
-    fixed = {"base": base_bytes, "non_expert": opened.layout.non_expert_bytes}
-    # Refuses early what cannot work.
-    hoped = plan_budget(total_bytes=total_bytes, resident_share=share, fixed_parts=fixed, **shape)
+        total_bytes = meter.now_bytes() + int(_AUTO_SHARE * available_bytes())
+    store = opening.enter_context(closing(open_store(opened, when)))
+    fixed = {
+        "base": meter.base_bytes() - read_bytes,
+        "non_expert": opened.layout.non_expert_bytes,
+        "loading": found.loading_bytes,
+        "prediction": read_bytes + lookahead_bytes,
+        "code": min(dropped_bytes, CODE_BYTES),
+    }
+    come = parts_to_come(opened, chosen, found, context_tokens, max(DEPTHS) * store.bounce_bytes)
+    least_bytes = max(meter.anonymous_peak_bytes(), sum(fixed.values()) + found.converting_bytes)
+    hoped: Budget | None = None
+    divide = partial(
+        plan_budget,
+        total_bytes=total_bytes,
+        resident_share=share,
+        prompt_bytes=found.needs.prompt_bytes,
+        least_bytes=least_bytes,
+        **shape,
+    )
+    # The smallest budget is this one, whatever is found out later: refused here or not at all.
+    try:
+        hoped = divide(fixed_parts=fixed | come)
+    except BudgetError:
+        # The same floor as another process named, but for what measurements differ by.
+        with suppress(BudgetError):
+            hoped = divide(fixed_parts=fixed | come | {"slack": SLACK_BYTES - _DIFFER_BYTES})
+        if hoped is None:
+            raise
 
     report("loading non-expert weights", 0.1)
     model = _load_non_experts(opened, attn_implementation, when)
+    part_heads(model)
     report("measuring", 0.7)
-    _warm_kernels(chosen)
-    compute = computation(opened)
-    with foreign_errors("The model does not run with this configuration.", opened.folder):
-        dry = dry_run(model)
     lookahead = None
     if ahead is not None and not if_worth:
         before_bytes = meter.now_bytes()
         lookahead = ahead.open(model)
-        fixed["prediction"] = max(0, meter.now_bytes() - before_bytes)
-    store = opening.enter_context(closing(open_store(opened, when)))
+        fixed["prediction"] += max(0, meter.now_bytes() - before_bytes)
     held_bytes = min(HELD_BYTES, hoped.slots * hoped.slot_bytes // 2)  # no more than slots take later
     measured = probe(store.reader, sample_extents(store, layers), copied=store.bounce_bytes > 0, held_bytes=held_bytes)
-    dropped_bytes += drop_unused_cache()
-    fixed |= {"loading": max(0, meter.now_bytes() - sum(fixed.values()))}
-    if dropped_bytes:
-        fixed["code"] = min(dropped_bytes, CODE_BYTES)
-    fixed |= parts_to_come(opened, chosen, dry, context_tokens, measured.depth * store.bounce_bytes)
-    if ahead is not None and not if_worth:
-        fixed["prediction"] += ahead.growth_bytes(context_tokens)
-    budget = plan_budget(total_bytes=total_bytes, resident_share=share, fixed_parts=fixed, **shape)
-    budget = replace(budget, warnings=(*budget.warnings, *opened.notes, *(ahead.notes if ahead else ())))
+    fixed["code"] = min(dropped_bytes + drop_unused_cache(), CODE_BYTES)
+    give_back()
+    meter.settle()
+    there = fixed["base"] + fixed["non_expert"] + fixed["prediction"] - lookahead_bytes
+    fixed["loading"] = max(0, meter.base_bytes() - there)
+    come["io_buffers"] = measured.depth * store.bounce_bytes
+    come["slack"] = max(0, hoped.parts["slack"] - max(0, fixed["loading"] - found.loading_bytes))
+    budget = divide(fixed_parts={name: size for name, size in (fixed | come).items() if size or name not in _SELDOM})
+    budget = replace(
+        budget, floor_bytes=hoped.floor_bytes, warnings=(*budget.warnings, *opened.notes, *(ahead.notes if ahead else ()))
+    )
     if ahead is not None and if_worth and budget.ahead_slots:
         lookahead = ahead.open(model)
     report("opening slots", 0.9)
-    pool = SlotPool(layers, budget.slots + budget.staging_slots + budget.ahead_slots)
-    engine = _engine(opened, chosen, store, pool, compute.of(pool), budget, measured, meter, model_id, dry.top_k, lookahead)
+    pool = SlotPool(layers, budget.slots + budget.staging_blocks + budget.ahead_slots)
+    engine = _engine(opened, chosen, store, pool, compute.of(pool), budget, measured, meter, model_id, found, lookahead)
     opening.enter_context(closing(engine))
     for moe_layer, (_, module) in enumerate(experts_of(model)):
         module.swapless_engine = engine  # type: ignore[assignment]
@@ -316,7 +364,7 @@ def _engine(
     measured: Probe,
     meter: MemoryMeter,
     model_id: str,
-    top_k: int,
+    found: Forecast,
     lookahead: Lookahead | None,
 ) -> Engine:
     layers = opened.layout.moe_layers
@@ -330,6 +378,7 @@ def _engine(
         budget=budget,
         probe=measured,
         meter=meter,
-        routing=RoutingLog(trace_header(opened, store, model_id, top_k)),
+        routing=RoutingLog(trace_header(opened, store, model_id, found.top_k)),
         lookahead=lookahead,
+        needs=found.needs,
     )

@@ -11,9 +11,10 @@ from swapless.cache.policy import Policy, state_bytes
 from swapless.errors import UsageError, message
 from swapless.runtime.compute import Experts, PlainExperts
 from swapless.runtime.door import MoeLayer
-from swapless.runtime.dry import DryRun, activation_bytes
+from swapless.runtime.forecast import Forecast
 from swapless.runtime.open import OpenCheckpoint
 from swapless.runtime.pool import SlotPool, slot_bytes
+from swapless.runtime.row_store import MEMORY_BYTES
 from swapless.runtime.store import Store
 from swapless.store.checkpoint import CheckpointStore, Extent
 from swapless.store.packed import Check, PackedStore
@@ -54,14 +55,22 @@ def budget_shape(
     }
 
 
-def parts_to_come(opened: OpenCheckpoint, policy: Policy, dry: DryRun, context_tokens: int, io_bytes: int) -> dict[str, int]:
+_ROUTING_BYTES = MEMORY_BYTES + (2 << 20)
+"""Rows of the recording in memory, and which texts they belong to."""
+
+
+def parts_to_come(
+    opened: OpenCheckpoint, policy: Policy, found: Forecast, context_tokens: int, io_bytes: int
+) -> dict[str, int]:
     """Bytes of what is not there yet when the other weights are loaded: all but slots, by name."""
     layers = opened.layout.moe_layers
     parts = {
-        "kv_cache": dry.cache_bytes_fixed + dry.cache_bytes_per_token * context_tokens,
-        "activations": activation_bytes(opened.config, context_tokens, opened.layout.dtype),
+        "kv_cache": found.needs.cache.of(context_tokens),
+        "activations": found.needs.step_bytes,
+        "products": found.code_bytes,
         "io_buffers": io_bytes,
         "policy": state_bytes(policy, len(layers), max(layer.num_experts for layer in layers)),
+        "routing": _ROUTING_BYTES,
     }
     scratch = computation(opened).scratch_bytes
     return parts | ({"scratch": scratch} if scratch else {})

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from swapless.runtime.allocator import madvise_away
 from swapless.runtime.door import MoeLayer
 from swapless.store.read import BLOCK_BYTES, aligned_buffer
 
@@ -26,13 +27,26 @@ class SlotPool:
         self.slot_bytes = slot_bytes(moe_layers)
         self.slots = slots
         self._layers = list(moe_layers)
+        self._held = np.zeros(slots, bool)
         self._slab: np.ndarray | None = aligned_buffer(self.slot_bytes * slots)
         self._address = self._slab.ctypes.data
         self._views: dict[int, tuple[int, dict[str, torch.Tensor]]] = {}
 
+    @property
+    def held_bytes(self) -> int:
+        """Of the slots that were ever asked for, and not released since: the others cost nothing yet."""
+        return int(np.count_nonzero(self._held)) * self.slot_bytes
+
+    def release(self, slots: range) -> None:
+        """Give the memory of these slots back to the system; what was in them is lost, and they may be used again."""
+        assert self._slab is not None, "the pool is closed"
+        self._held[slots.start : slots.stop] = False
+        madvise_away(self._slab[slots.start * self.slot_bytes : slots.stop * self.slot_bytes])
+
     def bytes_of(self, slot: int) -> np.ndarray:
         """The slot's memory, uint8 (slot_bytes,): a view that lives as long as the pool."""
         assert self._slab is not None, "the pool is closed"
+        self._held[slot] = True
         return self._slab[slot * self.slot_bytes : (slot + 1) * self.slot_bytes]
 
     def addresses(self, slots: Sequence[int]) -> np.ndarray:

@@ -44,12 +44,16 @@ class Prefetch(ABC):
     if_worth: bool = False
     notes: tuple[str, ...] = ()
 
+    def read(self) -> None:
+        """Take what it takes of memory without a model; :meth:`open` does it otherwise."""
+        return
+
     @abstractmethod
     def open(self, model: PreTrainedModel) -> Lookahead:
         """Make it ready; call it after a dry run."""
 
     def growth_bytes(self, context_tokens: int) -> int:
-        """What it may yet add to the process while a document of so many tokens runs."""
+        """What it may yet add, once read, to the process while a document of so many tokens runs."""
         return 0
 
 
@@ -117,9 +121,14 @@ class _Saved(Prefetch):
             step = "Train one for this model: swapless predict train. If it is the same model, give its folder that name."
             raise self._mismatch("The predictor was fitted for another model.", trained_for, " or ".join(sorted(names)), step)
 
-    def open(self, model: PreTrainedModel) -> Lookahead:
-        self._stream = stream = open_stream(load_predictor(self._path))
+    def read(self) -> None:
+        self._stream = open_stream(load_predictor(self._path))
         gc.collect()  # what training had and a stream has not
+
+    def open(self, model: PreTrainedModel) -> Lookahead:
+        if not hasattr(self, "_stream"):
+            self.read()
+        stream = self._stream
         token = self._naming(stream.vocabulary, model)
         _rehearse(stream, token(-1))
         return PredictedLookahead(stream, token)

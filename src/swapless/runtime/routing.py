@@ -88,6 +88,11 @@ class RoutingLog:
         self._tap = tap
         self.clear()
 
+    @property
+    def row_bytes(self) -> int:
+        """What a row takes while its step is under way."""
+        return self._store.record.itemsize
+
     def clear(self) -> None:
         """Forget the rows; steps are numbered on, so that pieces of one recording can be put together."""
         self.texts.clear()

@@ -16,9 +16,11 @@ from torch._C._dynamo.eval_frame import get_eval_frame_callback
 from swapless.errors import ContextError, UnsupportedOperationError, message
 from swapless.notation import Phase
 from swapless.runtime.calls import ids_of, new_tokens, packed_texts, paged, row_after_row, valid_places
+from swapless.runtime.door import grow_in_place, whole_attention
 from swapless.runtime.engine import Engine
 from swapless.runtime.generation import Generation, Generations, Prepared
 from swapless.runtime.held import Held, cache_length, held_of, hold
+from swapless.runtime.needs import call_of
 from swapless.runtime.paged import PagedHeld
 from swapless.runtime.routing import Step
 from swapless.runtime.rows import single_rows
@@ -28,12 +30,13 @@ from swapless.runtime.texts import NO_ROW, UNKNOWN_ROW, Texts
 class Call(NamedTuple):
     """A forward call under way: its step, whether it is one row, and what is to be done once it is complete.
 
-    ``done`` is called with what the model returned.
+    ``done`` is called with what the model returned. ``weights`` says that the attention weights are wanted.
     """
 
     step: Step
     single_row: bool
     done: Callable[[Any], None]
+    weights: bool = False
 
 
 class StepHooks:
@@ -75,13 +78,14 @@ class StepHooks:
             if call is None:
                 return cls.forward(model, *args, **kwargs)
             try:
-                with single_rows() if call.single_row else nullcontext():
+                with single_rows() if call.single_row else whole_attention() if call.weights else nullcontext():
                     output = cls.forward(model, *args, **kwargs)
             except BaseException:  # Ctrl-C too: the routing of a part of the model is no row
                 self._engine.abandon_step()
                 raise
             self._engine.end_step()
             call.done(output)
+            grow_in_place(_cache_in(output))
             return output
 
         @functools.wraps(cls.forward)
@@ -99,9 +103,33 @@ class StepHooks:
         given |= given.pop("kwargs", {})
         if new_tokens(given) is None:
             return None
-        call = self._paged_call(given) or self._packed_call(model, given) or self._plain_call(given)
+        paged_call = self._paged_call(given)
+        call = paged_call or self._packed_call(model, given) or self._plain_call(given)
+        config = model.config.get_text_config()  # type: ignore[operator,union-attr]
+        sizes = call_of(given, config, *self._sizes(given, call.step, paged=paged_call is not None))
+        self._engine.make_room(sizes, call.step.phase)
         self._engine.begin_step(call.step)
-        return call
+        asked = given.get("output_attentions", getattr(config, "output_attentions", False))
+        return call._replace(weights=True) if asked else call
+
+    @staticmethod
+    def _sizes(given: dict[str, Any], step: Step, *, paged: bool) -> tuple[int, int, int]:
+        """Sequences, new tokens of each, and tokens of each in the cache, which grows in place from now on."""
+        rows = len(step.position)
+        if paged:
+            return 1, rows, max(0, int(step.position.max()) + 1 - rows)
+        tokens = new_tokens(given)
+        assert tokens is not None
+        cache = next((value for value in given.values() if hasattr(value, "get_seq_length")), None)
+        if cache is None:
+            return tokens.shape[0], tokens.shape[1], 0
+        grow_in_place(cache)
+        past = cache_length(cache)
+        return (
+            tokens.shape[0],
+            tokens.shape[1],
+            max(0, int(step.position.max()) + 1 - tokens.shape[1]) if past is None else past,
+        )
 
     def _check_context(self, tokens: int) -> None:
         if tokens > self._context_tokens:

@@ -11,11 +11,13 @@ from __future__ import annotations
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, use_experts_implementation
 
 from swapless.runtime.door.attention import group_heads
+from swapless.runtime.door.cache import ROOM_TOKENS, grow_in_place, windows_of
 from swapless.runtime.door.config import computable, model_config, own_config, refuse_unknown, stated_dtype
 from swapless.runtime.door.dequantize import check_block_size, dequantize_on_load, is_served
 from swapless.runtime.door.foreign import foreign_errors
 from swapless.runtime.door.gates import common_gate
 from swapless.runtime.door.generation import generation_config
+from swapless.runtime.door.heads import part_heads, whole_attention
 from swapless.runtime.door.layout import ExpertParameter, Layout, MoeLayer
 from swapless.runtime.door.made_by import foreign
 from swapless.runtime.door.match import checkpoint_layout, expert_parameters, is_experts
@@ -37,6 +39,7 @@ __all__ = [
     "ALL_EXPERTS_FUNCTIONS",
     "DTYPES",
     "IMPLEMENTATION",
+    "ROOM_TOKENS",
     "ExpertParameter",
     "Layout",
     "MoeLayer",
@@ -56,6 +59,7 @@ __all__ = [
     "foreign_errors",
     "generation_config",
     "group_heads",
+    "grow_in_place",
     "is_experts",
     "is_served",
     "load_non_experts",
@@ -63,6 +67,7 @@ __all__ = [
     "model_config",
     "own_config",
     "packed_layout",
+    "part_heads",
     "refuse_unknown",
     "skeleton",
     "stated_dtype",
@@ -70,4 +75,6 @@ __all__ = [
     "text_ids",
     "tokenizer_of",
     "use_experts_implementation",
+    "whole_attention",
+    "windows_of",
 ]
