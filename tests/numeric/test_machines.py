@@ -62,6 +62,7 @@ def here(tmp_path_factory):
     return {**fit_and_score(folder), **measured()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("machine", MACHINES)
 def test_every_figure_is_the_same_on_another_machine(machine, here, tmp_path):
     there = elsewhere(MACHINES[machine], tmp_path)

@@ -67,7 +67,10 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
 }
 
 
-@pytest.mark.parametrize("damage", DAMAGE)
+FEW = [pytest.param(damage, marks=() if number % 4 == 0 else pytest.mark.slow) for number, damage in enumerate(DAMAGE)]
+
+
+@pytest.mark.parametrize("damage", FEW)
 def test_what_was_changed_meanwhile_is_written_again(damage: str, all_rounded: Path, tmp_path: Path) -> None:
     folder = stopped(tmp_path / "store")
     DAMAGE[damage](folder)
@@ -75,7 +78,7 @@ def test_what_was_changed_meanwhile_is_written_again(damage: str, all_rounded: P
     assert contents(folder) == contents(all_rounded)
 
 
-@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("damage", FEW)
 def test_a_finished_store_is_made_whole_again(damage: str, all_rounded: Path, mine: Path) -> None:
     note_perplexity(mine, {"original": 2.0, "packed": 2.5, "tokens": 7})
     before = contents(mine)
