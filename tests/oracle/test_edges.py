@@ -58,3 +58,15 @@ def test_a_cache_of_a_model_with_more_experts_is_refused():
             state["chosen"] += 1000
         with pytest.raises(UsageError, match="out of range"):
             model(text(1, 1), past_key_values=cache)
+
+
+def test_a_twin_is_loaded_and_used_at_all_its_positions(tmp_path):
+    """Learned positions end with the context: nothing that is tried out before goes beyond it."""
+    import swapless
+    from swapless.oracle import OracleMoeForCausalLM, of_size
+
+    config = of_size("tiny", router="switch", vocab_size=96, max_position_embeddings=48)
+    OracleMoeForCausalLM(config).save_pretrained(tmp_path)
+    with swapless.load(tmp_path, resident=0.5) as model:
+        assert model.swapless.budget.context_tokens == 48
+        assert model.generate(torch.ones((1, 40), dtype=torch.long), max_new_tokens=8, min_new_tokens=8).shape == (1, 48)

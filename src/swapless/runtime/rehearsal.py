@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from swapless.errors import ContextError
 from swapless.runtime.allocator import TooMuchError, give_back, most_memory, pages_of_their_own
 from swapless.runtime.compute import accumulator, routed
 from swapless.runtime.door import MoeLayer, experts_of, grow_in_place
@@ -125,12 +126,25 @@ def _tried(model: Any, begin: Callable[[], None], cache: CacheSize, context_toke
             logits = max(vocabulary * item, more // rows if more > 4 << 20 else 0)
         pages_of_their_own(False)
         grow_in_place(past)
-        step = max(call(1, past, **last_only)[0] for _ in range(2)) if past is not None else call(1, **last_only)[0]
+        try:
+            step = _step(call, past, last_only)
+        except (ContextError, IndexError):  # a model that learned its positions has none behind the context
+            _, past = call(max(1, context_tokens - _STEPS), **last_only)
+            grow_in_place(past)
+            step = _step(call, past, last_only)
     finally:
         pages_of_their_own(False)
         give_back()
     return Needs(tuple(prompts), step + _SAMPLING * vocabulary * 4, logits, cache, tried)
 
+
+def _step(call: Callable[..., tuple[int, Any]], past: Any, given: dict[str, Any]) -> int:
+    """What a decode step holds for a while."""
+    return max(call(1, past, **given)[0] for _ in range(_STEPS)) if past is not None else call(1, **given)[0]
+
+
+_STEPS = 2
+"""Decode steps that are tried: the first may make what later ones find."""
 
 _GRAIN = 512 << 10
 """Figures are rounded up to whole ones of these, so that small things that come and go seldom show."""
