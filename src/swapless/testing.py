@@ -56,7 +56,7 @@ def random_trace(
         score = rng.normal(size=shape)
         for _ in range(length):
             score = inertia * score + np.sqrt(1 - inertia**2) * rng.normal(size=shape)
-            ids[row] = np.argsort(-(score + advantage), axis=1)[:, :top_k]
+            ids[row] = np.argsort(-(score + advantage), axis=1, kind="stable")[:, :top_k]
             row += 1
     ids[rng.random(ids.shape) < missing] = -1
     document = np.repeat(np.arange(len(lengths)), lengths)

@@ -115,7 +115,7 @@ class Replay:
             np.bincount(inverse[chosen], counts[chosen].sum(axis=1, dtype=np.int64), minlength=len(documents)).astype(np.int64)
             for counts in (self.tally.hits, self.tally.requests)
         ]
-        order = np.argsort(first)
+        order = np.argsort(first, kind="stable")
         return documents[order], sums[0][order], sums[1][order]
 
     def row(self) -> dict[str, Any]:

@@ -203,7 +203,7 @@ def _read_ahead(costs: Costs, misses: np.ndarray, recall: float) -> tuple[float,
 
 
 def _mean(misses: np.ndarray) -> float:
-    return float(misses @ np.arange(len(misses)))
+    return float(np.sum(misses * np.arange(len(misses))))
 
 
 def _speed(costs: Costs, token_s: float, reads: float) -> Speed:

@@ -19,7 +19,8 @@ from swapless.trace import Trace
 
 OVER = ("expert_ids", "gate_weights", "router_scores")
 _ROWS = 2048
-_BUCKETS = 512
+BUCKETS = 512
+"""Of letter groups, or of ids."""
 
 
 @final
@@ -137,10 +138,10 @@ class ExpertMap(Predictor):
 
 def _texts(words: list[Any], kind: Any) -> np.ndarray:
     """How often each letter group stands in each text, uint8 (len(words), buckets)."""
-    groups = letter_groups([str(word) for word in words], _BUCKETS)
+    groups = letter_groups([str(word) for word in words], BUCKETS)
     if kind == "token_id":
-        groups[:, 2:] = _BUCKETS  # the form and the whole, no part of a number
-        groups[:, :2] = np.array(words, np.int64)[:, None] % _BUCKETS
-    counts = np.zeros((len(words), _BUCKETS + 1), np.uint8)
+        groups[:, 2:] = BUCKETS  # the form and the whole, no part of a number
+        groups[:, :2] = np.array(words, np.int64)[:, None] % BUCKETS
+    counts = np.zeros((len(words), BUCKETS + 1), np.uint8)
     np.add.at(counts, (np.arange(len(words))[:, None], groups), 1)
-    return np.ascontiguousarray(counts[:, :_BUCKETS])
+    return np.ascontiguousarray(counts[:, :BUCKETS])

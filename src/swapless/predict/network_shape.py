@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from swapless.predict._network_kernels import add_product, half_bits
+from swapless.predict.features import BLOCKS, SCALARS
 
 ATTENTION = ("qkv.weight", "out.weight", "up.weight", "up.bias", "down.weight", "down.bias", "distance")
 BASE = ("base_bias", "base", "base_hidden", "base_in", "base_context", "base_out")
@@ -79,6 +80,39 @@ class Weights:
         kept["step_bias"] = np.ascontiguousarray(kept["step_bias"][:, 0])
         self.base, self.step = tuple(kept[name] for name in BASE), tuple(kept[name] for name in STEP)
         self.read = (kept["gain"], shifts(single("shift"), single("read")), kept["read"], kept["near"])
+
+
+def sizes_of(shape: NetworkShape) -> dict[str, tuple[int, ...]]:
+    """Lengths of the axes of each of the network's arrays."""
+    layers, experts, width, step = shape.num_moe_layers, shape.num_experts, shape.width, shape.step_hidden
+    fed, flat, hidden, near = BLOCKS * experts, layers * experts, shape.hidden, shape.near
+    found: dict[str, tuple[int, ...]] = {
+        "word": (shape.words, width),
+        "letters": (shape.buckets + 1, width),
+        **{f"{name}.weight": (width, flat) for name in ("prior", "before", "faded")},
+        "scalars.weight": (width, SCALARS),
+        "scalars.bias": (width,),
+        "base_bias": (layers, experts),
+        "base": (layers, fed, experts),
+        "base_in": (layers, fed, hidden),
+        "base_context": (layers, width, hidden),
+        "base_hidden": (layers, 1, hidden),
+        "base_out": (layers, hidden, experts),
+        "step_state": (layers, width, step),
+        "step_choice": (layers, experts, step),
+        "step_bias": (layers, 1, step),
+        "step_out": (layers, step, width),
+        "step_direct": (layers, experts, width),
+        "gain": (layers, width),
+        "shift": (layers, width),
+        "read": (layers, width, experts),
+        "near": (near, layers, near * experts, experts),
+    }
+    of_attention = ((3 * width, width), (width, width), (2 * width, width), (2 * width,), (width, 2 * width), (width,))
+    for number in range(shape.attention_layers):
+        for name, sizes in zip(ATTENTION, (*of_attention, (shape.heads, shape.window))):
+            found[f"attention.{number}.{name}"] = sizes
+    return found
 
 
 def shifts(shift: np.ndarray, read: np.ndarray) -> np.ndarray:

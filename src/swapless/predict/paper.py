@@ -82,19 +82,24 @@ class Paper(Predictor):
         pieces = list(self._pieces(trace))
         total = self.epochs * len(pieces)
         network.train()
-        for step in range(total):
-            epoch, place = divmod(step, len(pieces))
-            if place == 0:
-                order = np.random.default_rng([self.seed, epoch]).permutation(len(pieces))
-            rows = pieces[order[place]]
-            chosen = np.zeros((rows.stop - rows.start, trace.num_moe_layers, trace.num_experts), np.float32)
-            multi_hot(trace.expert_ids[rows], trace.num_experts, chosen)
-            loss = F.binary_cross_entropy_with_logits(network(words[rows]), torch.from_numpy(chosen).transpose(0, 1))
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-            optimizer.step()
-            progress(f"paper, epoch {epoch + 1} of {self.epochs}", (step + 1) / total)
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # sums of its attention depend on the number of threads
+        try:
+            for step in range(total):
+                epoch, place = divmod(step, len(pieces))
+                if place == 0:
+                    order = np.random.default_rng([self.seed, epoch]).permutation(len(pieces))
+                rows = pieces[order[place]]
+                chosen = np.zeros((rows.stop - rows.start, trace.num_moe_layers, trace.num_experts), np.float32)
+                multi_hot(trace.expert_ids[rows], trace.num_experts, chosen)
+                loss = F.binary_cross_entropy_with_logits(network(words[rows]), torch.from_numpy(chosen).transpose(0, 1))
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+                optimizer.step()
+                progress(f"paper, epoch {epoch + 1} of {self.epochs}", (step + 1) / total)
+        finally:
+            torch.set_num_threads(threads)
         self.weights_ = {name: value.numpy() for name, value in network.state_dict().items()}
         return self
 
@@ -137,3 +142,18 @@ class Paper(Predictor):
         made.vocabulary_ = Vocabulary.restored(fitted.vocabulary or "token", arrays)
         made.weights_ = {key.removeprefix("network."): value for key, value in arrays.items() if key.startswith("network.")}
         return made
+
+
+def sizes_of(words: int | None, layers: int, experts: int, width: int, depth: int) -> dict[str, tuple[int | None, ...]]:
+    """Lengths of the axes of each of the network's arrays; ``words`` of its vocabulary, None where that is not known."""
+    found: dict[str, tuple[int | None, ...]] = {"words.weight": (words, 4 * width), "layer_vectors": (layers, width)}
+    linear = {"enter": (width, 5 * width), "head.0": (width, width), "head.3": (experts, width)}
+    for number in range(depth):
+        own = f"encoder.layers.{number}."
+        found |= {f"{own}self_attn.in_proj_weight": (3 * width, width), f"{own}self_attn.in_proj_bias": (3 * width,)}
+        found |= {f"{own}{norm}.{part}": (width,) for norm in ("norm1", "norm2") for part in ("weight", "bias")}
+        linear |= {f"{own}self_attn.out_proj": (width, width)}
+        linear |= {f"{own}linear1": (4 * width, width), f"{own}linear2": (width, 4 * width)}
+    for name, sizes in linear.items():
+        found |= {f"{name}.weight": sizes, f"{name}.bias": sizes[:1]}
+    return found

@@ -280,6 +280,9 @@ _KINDS: tuple[TokenKind, ...] = ("token", "token_id")
 
 def has_tokens(trace: Trace, kind: TokenKind) -> bool:
     """Whether the column ``kind`` says anything: one that is all null, all empty texts or all -1 does not."""
-    if kind == "token_id":
-        return trace.token_id is not None and bool((trace.token_id >= 0).any())
-    return trace.token is not None and any(trace.tokens or [])
+    said = trace.tokens if kind == "token" else trace.token_id
+    if said is None:
+        return False
+    if not len(trace):  # nothing at all, which is said in other words
+        return True
+    return any(said) if kind == "token" else bool((np.asarray(said) >= 0).any())

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,12 +13,14 @@ from typing import Any
 import numpy as np
 
 from swapless.atomic import write_whole
-from swapless.errors import PredictorError, message
+from swapless.errors import PredictorError, UsageError, message
 from swapless.predict import PREDICTORS
-from swapless.predict.predictor import Fitted, Predictor
+from swapless.predict.predictor import Predictor
+from swapless.untrusted import Table, parse_json, shown
 
 HEADER_KEY = "swapless.predictor"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+_KEYS = ("format_version", "predictor", "model_id", "num_experts", "top_k", "num_moe_layers", "vocabulary", "leads", "settings")
 
 
 def save_predictor(path: str | os.PathLike[str], predictor: Predictor) -> None:
@@ -33,6 +37,7 @@ def save_predictor(path: str | os.PathLike[str], predictor: Predictor) -> None:
     arrays, settings = predictor.state()
     header = {"format_version": FORMAT_VERSION, "predictor": predictor.name, **asdict(fitted), "settings": settings}
     packed = {name: np.ascontiguousarray(value) for name, value in arrays.items()}
+    header["checksum"] = _checksum(header, packed)
     write_whole(path, lambda part: save_file(packed, part, {HEADER_KEY: json.dumps(header)}))
 
 
@@ -42,8 +47,12 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, Any]:
     Raises
     ------
     PredictorError
-        No such file, no safetensors file, no header, or an unknown version.
+        No such file, no safetensors file, no header, an unknown version, or a key that cannot be.
     """
+    return _header(path).value
+
+
+def _header(path: str | os.PathLike[str]) -> Table:
     from safetensors import SafetensorError, safe_open
 
     if not Path(path).is_file():
@@ -52,18 +61,20 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, Any]:
         with safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
     except (SafetensorError, OSError) as error:
-        raise PredictorError(message("Not a predictor's file, or a truncated one.", where=path, got=str(error))) from error
+        raise PredictorError(message("Not a predictor's file, or a truncated one.", where=path, got=shown(error))) from error
     if HEADER_KEY not in metadata:
         raise PredictorError(message(f"The file has no predictor's header (metadata key {HEADER_KEY}).", where=path))
-    try:
-        header = json.loads(metadata[HEADER_KEY])
-        version = header["format_version"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise PredictorError(message("The predictor's header is malformed.", where=path, got=str(error))) from error
-    if version != FORMAT_VERSION:
+    value = parse_json(metadata[HEADER_KEY], where=path, error=PredictorError, what="predictor's header")
+    header = Table(value, where=path, error=PredictorError)
+    version = header.raw("format_version")
+    if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
         what = "Unknown format_version of a predictor."
-        raise PredictorError(message(what, where=path, got=repr(version), allowed=FORMAT_VERSION, step="Update swapless."))
-    return dict(header)
+        allowed = f"1 to {FORMAT_VERSION}"
+        raise PredictorError(message(what, where=path, got=shown(version), allowed=allowed, step="Update swapless."))
+    header.only(*_KEYS, *(["checksum"] if version > 1 else []))
+    header.text("predictor")
+    header.table("settings")
+    return header
 
 
 def load_predictor(path: str | os.PathLike[str]) -> Predictor:
@@ -72,25 +83,42 @@ def load_predictor(path: str | os.PathLike[str]) -> Predictor:
     Raises
     ------
     PredictorError
-        As :func:`read_header`, or tensors that do not fit the header.
+        As :func:`read_header`; bytes that changed since it was written; tensors that do not fit the header.
     UnknownNameError
         A kind of predictor that is not installed.
     """
+    from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
-    header = read_header(path)
-    kind = PREDICTORS.get(str(header.get("predictor")))
+    from swapless.predict.schema import check_file, fitted_of
+
+    header = _header(path)
+    name = header.text("predictor")
+    kind = PREDICTORS.get(name)
+    fitted, settings = fitted_of(header), header.table("settings")
     try:
-        fitted = Fitted(
-            model_id=header["model_id"],
-            num_experts=header["num_experts"],
-            top_k=header["top_k"],
-            num_moe_layers=header["num_moe_layers"],
-            vocabulary=header["vocabulary"],
-            leads=tuple(header["leads"]),
-        )
-        restored: Predictor = kind.restore(fitted, load_file(path), header["settings"])
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        arrays = load_file(path)
+    except (SafetensorError, OSError, KeyError, ValueError, MemoryError) as error:
+        raise PredictorError(message("The predictor's tensors cannot be read.", where=path, got=shown(error))) from error
+    if header.integer("format_version") > 1:
+        said = header.text("checksum", pattern="[0-9a-f]{64}")
+        if said != _checksum({key: header.value[key] for key in _KEYS if key in header}, arrays):
+            what = "The predictor's file is not as it was written: its checksum differs."
+            raise PredictorError(message(what, where=path, step="Fetch it again, or train it again."))
+    check_file(name, fitted, arrays, settings, where=path)
+    try:
+        restored: Predictor = kind.restore(fitted, arrays, settings.value)
+    except (KeyError, IndexError, TypeError, ValueError, RuntimeError, UsageError) as error:
         what = "The predictor's tensors do not fit its header."
-        raise PredictorError(message(what, where=path, got=f"{type(error).__name__}: {error}")) from error
+        raise PredictorError(message(what, where=path, got=f"{type(error).__name__}: {shown(error)}")) from error
     return restored
+
+
+def _checksum(header: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> str:
+    """SHA-256 of the header without its checksum, and of each tensor's name, type, shape and bytes."""
+    found = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
+    for name in sorted(arrays):
+        array = arrays[name]
+        found.update(f"\n{name} {array.dtype.str} {array.shape}\n".encode())
+        found.update(np.ascontiguousarray(array).tobytes())
+    return found.hexdigest()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import logging
 import re
 from collections.abc import Iterator
@@ -120,8 +121,8 @@ def read_prompt(file: Path) -> Prompt:
     if not tokens:
         raise TraceValueError(message("A document without tokens.", where=file.name))
     blocks = tuple(sorted(tokens))
-    if blocks != tuple(range(blocks[0], blocks[-1] + 1)):
-        lost = sorted(set(range(blocks[0], blocks[-1] + 1)) - set(blocks))
+    if blocks[-1] - blocks[0] + 1 != len(blocks):
+        lost = [block + 1 for block, following in itertools.pairwise(blocks) if following != block + 1][:8]
         raise TraceValueError(message("A MoE layer is missing.", where=file.name, got=f"no rows of layer {lost}"))
     # The tokens that most MoE layers list are taken for the prompt's, so that the message names the layer that departs.
     listed = [tuple(tokens[block]) for block in blocks]
