@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -187,3 +188,11 @@ def test_a_file_of_ones_own_making_is_told_which_forms_are_read(swapless, tmp_pa
             assert words in done.stderr, (verb, done.stderr)
     done = swapless("plan", path, "--memory", "2GiB")
     assert done.exit_code == 1 and str(path) in done.stderr and "layer" in done.stderr
+
+
+def test_nothing_in_a_trace_is_obeyed_by_a_terminal(tmp_path, swapless):
+    header = replace(TRACE.header, model_id="m\x1b[2J", source="\x1b]0;title\x07", notes="\u202e backwards")
+    write_trace(tmp_path / "t.parquet", replace(TRACE, header=header, domains=("\x1b[31m",), domain=TRACE.domain * 0))
+    done = swapless("info", tmp_path / "t.parquet")
+    assert done.exit_code == 0 and "m\\x1b[2J" in done.stdout
+    assert all(letter.isprintable() or letter == "\n" for letter in done.stdout + done.stderr)

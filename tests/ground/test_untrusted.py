@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from swapless.errors import CheckpointCorruptError, TraceFormatError
+from swapless.errors import CheckpointCorruptError, TraceFormatError, UsageError, message
 from swapless.untrusted import Table, parse_json, read_json, shown
 
 _JSON = st.recursive(
@@ -120,3 +120,8 @@ def test_defaults_stand_in_for_what_is_missing_and_not_for_what_is_wrong():
 def test_what_messages_show_is_short_and_has_no_control_characters():
     assert shown({"a": "\x1b[2J" * 100}).isprintable()
     assert len(shown("a" * 1000)) < 100
+
+
+def test_messages_are_safe_for_a_terminal():
+    text = str(UsageError(message("A name.", where="a\x1b[2J\x07", got="\u202eb\ud800")))
+    assert text == "A name. Where: a\\x1b[2J\\x07. Got: \\u202eb\\ud800."

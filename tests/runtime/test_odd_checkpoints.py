@@ -320,3 +320,10 @@ def test_a_model_of_text_out_of_one_of_pictures(tmp_path: Path, prompt: torch.Te
     Qwen3_5MoeForConditionalGeneration(config).to(torch.bfloat16).save_pretrained(tmp_path / "both")
     expected = logits(eager(tmp_path / "both"), prompt)
     assert torch.equal(logits(load(tmp_path / "both"), prompt), expected)
+
+
+def test_warnings_of_transformers_cannot_move_a_terminal(capfd: Any) -> None:
+    from transformers.utils import logging
+
+    logging.get_logger("transformers.odd").warning("keys %s", "\x1b[2J\x07")
+    assert "\x1b" not in capfd.readouterr().err

@@ -164,3 +164,9 @@ def test_another_version_is_refused_by_name(version: Any, mine: Path) -> None:
     with pytest.raises(CheckpointError, match=r"[Pp]ack the checkpoint again") as refused:
         read_manifest(mine)
     assert isinstance(refused.value, PackMismatchError) == (type(version) is int and version > 0)
+
+
+def test_a_rounded_weight_that_the_manifest_forgets_is_missed(mine: Path) -> None:
+    reseal(mine, lambda found: found["dense"].pop(Q))
+    with pytest.raises(PackMismatchError, match="not in the manifest"):
+        list(verify_packed(mine))

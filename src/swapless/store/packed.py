@@ -227,6 +227,10 @@ def check_dense(folder: Path, manifest: Manifest, refs: Mapping[str, TensorRef])
         raise PackMismatchError(
             message("The packed store holds other weights than its manifest says.", where=where, got=odd[0], step=AGAIN)
         )
+    bare = [key for key, ref in refs.items() if ref.dtype == "U8" and len(ref.shape) == 1 and key not in manifest.dense]
+    if manifest.dense and bare:
+        what = "A rounded weight is not in the manifest, which says how to read it."
+        raise PackMismatchError(message(what, where=f"{bare[0]} in {where}", step=AGAIN))
     for key in manifest.dense:
         wanted = ("U8", (manifest.dense_layout(key).nbytes,))
         found = (refs[key].dtype, refs[key].shape) if key in refs else None

@@ -19,6 +19,7 @@ from swapless.runtime.door.gates import common_gate
 from swapless.runtime.door.generation import generation_config
 from swapless.runtime.door.heads import part_heads, whole_attention
 from swapless.runtime.door.layout import ExpertParameter, Layout, MoeLayer
+from swapless.runtime.door.logs import write_out_logs
 from swapless.runtime.door.made_by import foreign
 from swapless.runtime.door.match import checkpoint_layout, expert_parameters, is_experts
 from swapless.runtime.door.model import (
@@ -34,6 +35,8 @@ from swapless.runtime.door.packed import check_packed_model, expert_pieces, pack
 from swapless.runtime.door.reference import Reference
 from swapless.runtime.door.sizes import bounded_modules, check_values
 from swapless.runtime.door.tokenizer import text_ids, tokenizer_of
+
+write_out_logs()
 
 __all__ = [
     "ALL_EXPERTS_FUNCTIONS",
