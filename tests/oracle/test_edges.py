@@ -8,6 +8,7 @@ import torch
 
 from swapless.errors import UsageError
 from swapless.oracle import OracleCache
+from swapless.oracle.config import OracleMoeConfig
 from swapless.oracle.groups import extend_groups, group_ids
 from swapless.oracle.state import follow
 from swapless.oracle.theme import mean_of_slots
@@ -70,3 +71,10 @@ def test_a_twin_is_loaded_and_used_at_all_its_positions(tmp_path):
     with swapless.load(tmp_path, resident=0.5) as model:
         assert model.swapless.budget.context_tokens == 48
         assert model.generate(torch.ones((1, 40), dtype=torch.long), max_new_tokens=8, min_new_tokens=8).shape == (1, 48)
+
+
+@pytest.mark.parametrize("name", ["layer_norm_eps", "soft_tokens", "change_budget", "memory_tokens"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0])
+def test_settings_that_are_no_numbers_are_refused(name, value):
+    with pytest.raises(UsageError, match=name):
+        OracleMoeConfig(**{name: value})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from importlib.resources import files
 from typing import Any, NamedTuple
 
@@ -115,6 +116,10 @@ class OracleMoeConfig(PreTrainedConfig):
             self.moe_blocks = [] if self.router == "dense" else list(range(1, self.num_hidden_layers, 2))
         self.moe_blocks = sorted(self.moe_blocks)
         super().__post_init__(**kwargs)
+        for name in _NUMBERS:
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value >= 0):
+                _refuse(name, value, "a finite number of 0 or more")
         if self.router not in (*ROUTERS, "dense"):
             raise UnknownNameError.of("router", self.router, [*ROUTERS, "dense"])
         if (self.router == "dense") != (not self.moe_blocks):
@@ -143,6 +148,21 @@ class OracleMoeConfig(PreTrainedConfig):
     def moe_intermediate_size(self) -> int:
         """F: an expert is as wide as a dense feed-forward, so that a dense twin computes as much."""
         return self.intermediate_size
+
+
+_NUMBERS = (
+    "layer_norm_eps",
+    "initializer_range",
+    "dropout",
+    "group_fraction",
+    "epsilon",
+    "theme_tokens",
+    "memory_tokens",
+    "change_budget",
+    "sticky_weight",
+    "soft_mass",
+    "soft_tokens",
+)
 
 
 def _refuse(name: str, got: Any, allowed: str) -> None:
