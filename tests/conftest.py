@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,16 @@ def pytest_configure() -> None:
     # A job begun in the background inherits "ignore Ctrl-C", for itself and all it starts; the tests of Ctrl-C need it.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_lines_of_progress() -> Iterator[None]:
+    """What a busy machine makes of the time never shows among the lines that tests count; in processes of their own it may."""
+    from swapless.cli import progress
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(progress, "LINE_EVERY_S", 1e6)
+        yield
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
