@@ -2,7 +2,7 @@
 
     python benchmarks/cap_sweep.py                          # makes the checkpoints below out/, and runs what is missing
     python benchmarks/cap_sweep.py --for 240                # stop after so long; the same command goes on
-    python benchmarks/cap_sweep.py --families gpt_oss jamba --forms int4 --prompts 8192
+    python benchmarks/cap_sweep.py --families gpt_oss jamba --forms int4 --prompts 8192 --times 1
     python benchmarks/cap_sweep.py --decode 20000           # instead: a long decode at 48 layers of 128 experts; is it flat?
 
 A run is a process of its own in a memory cgroup of its own, whose limit is the budget, page cache counted: it loads, reads a
@@ -16,9 +16,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,12 +34,11 @@ FORMS = ("bf16", "int4")
 GENERATED = 8
 WITHIN = 0.03
 
-EAGER_TOO = ("qwen3_moe", "olmoe", "granitemoe", "glm4_moe", "deepseek_v3", "minimax", "qwen3_next", "dots1")
+EAGER_TOO = ("qwen3_moe", "glm4_moe", "deepseek_v3", "qwen3_next")
 """Families that are run with eager attention besides the one that transformers chooses."""
 
 FAMILIES = (
     "afmoe",
-    "bailing_hybrid",
     "deepseek_v2",
     "deepseek_v3",
     "deepseek_v32",
@@ -114,13 +115,13 @@ class Case(NamedTuple):
         return {"attention": self.attention} | {name: value for name, value in self._asdict().items() if name != "attention"}
 
 
-def cases(families: list[str], forms: list[str], prompts: list[int]) -> Iterator[Case]:
-    """All runs, the hardest first: long prompts near the floor."""
-    for times in TIMES:
-        for prompt in sorted(prompts, reverse=True):
-            for form in forms:
-                for family in families:
-                    for attention in (None, "eager") if family in EAGER_TOO else (None,):
+def cases(asked: argparse.Namespace) -> Iterator[Case]:
+    """All runs, a family after the other."""
+    for family in asked.families:
+        for attention in (None, "eager") if family in EAGER_TOO else (None,):
+            for form in asked.forms:
+                for prompt in asked.prompts:
+                    for times in asked.times:
                         yield Case(family, attention, form, prompt, times)
 
 
@@ -225,14 +226,43 @@ def run(case: Case, folder: Path, memory_bytes: int, limit_bytes: int | None, **
     return ran, json.loads(lines[-1]) if lines else {}
 
 
-def smallest(case: Case, folder: Path, context: int | None = None) -> int:
-    """The budget that a refusal names."""
-    more = {} if context is None else {"context": context}
-    ran, answer = run(case, folder, 1, None, **more)
-    text = answer.get("refused", "")
-    if "at least" not in text:
-        raise RuntimeError(f"{case}: no floor was named: {text} {ran.stderr[-2000:]}")
-    return int(text.partition("at least")[2].partition("(")[2].partition(" bytes")[0])
+def floors_of(asked: dict[str, Any]) -> None:
+    """The budget that each refusal names, a line of JSON each: children of one process, which has imported what takes long."""
+    import torch
+    import transformers.modeling_utils  # noqa: F401
+
+    import swapless
+    import swapless.runtime.model
+    from swapless.errors import BudgetError
+
+    torch.set_num_threads(1)
+    for name, folder, attention, context in asked["wanted"]:
+        child = os.fork()
+        if child == 0:
+            try:
+                swapless.load(folder, memory=1, context=context, attn_implementation=attention)
+            except BudgetError as error:
+                text = str(error)
+                floor = int(text.partition("at least")[2].partition("(")[2].partition(" bytes")[0])
+                print(json.dumps([name, floor]), flush=True)
+            finally:
+                os._exit(0)
+        os.waitpid(child, 0)
+
+
+def floors(wanted: list[tuple[str, str, str | None, int]]) -> dict[str, int]:
+    """The smallest budget of each (name, folder, attention, context), by name."""
+    command = [sys.executable, str(Path(__file__).resolve()), "--worker", json.dumps({"wanted": wanted})]
+    ran = run_capped(command, None, timeout_s=900)
+    found = dict(json.loads(line) for line in ran.stdout.splitlines() if line.startswith("["))
+    if len(found) < len(wanted):
+        raise RuntimeError(f"no floor was named: {ran.stderr[-2000:]}")
+    return found
+
+
+def key(case: Case) -> str:
+    """What the floor depends on."""
+    return "/".join(map(str, (case.family, case.attention or "default", case.form, case.prompt)))
 
 
 def measured(case: Case, folder: Path, floor: int) -> dict[str, Any]:
@@ -294,33 +324,31 @@ def sweep(asked: argparse.Namespace) -> int:
     """All that is missing, and the table."""
     asked.folder.mkdir(parents=True, exist_ok=True)
     kept = Kept(asked.folder / "runs.jsonl", asked.stop_after)
-    floors_file = asked.folder / "floors.json"
-    floors: dict[str, int] = json.loads(floors_file.read_text()) if floors_file.exists() else {}
-    wanted = list(cases(asked.families, asked.forms, asked.prompts))
+    wanted = list(cases(asked))
     names = [case.named() for case in wanted]
     done = [row for row in kept.runs if {key: row[key] for key in names[0]} in names]
     missing = [case for case, name in zip(wanted, names, strict=True) if not any(name.items() <= row.items() for row in done)]
-    began = time.monotonic()
-    for number, case in enumerate(missing):
+    began, number = time.monotonic(), 0
+    for family in dict.fromkeys(case.family for case in missing):
         if not kept.time_left():
             break
-        folder = asked.folder / case.family
-        make(case.family, folder, SIZES)
-        key = "/".join(map(str, (case.family, case.attention, case.form, case.prompt)))
-        if key not in floors:
-            floors[key] = smallest(case, folder)
-            floors_file.write_text(json.dumps(floors, indent=1))
-        row = measured(case, folder, floors[key])
-        kept.add(row)
-        done.append(row)
-        left = (time.monotonic() - began) / (number + 1) * (len(missing) - number - 1)
-        share = (row["cgroup_peak_bytes"] or 0) / row["budget_bytes"]
-        print(
-            f"{number + 1} of {len(missing)}, {left / 60:.0f} min left: {key} {case.times}x "
-            f"{row['budget_bytes'] / (1 << 20):.0f} MiB: {share:.3f} {row['ratio']} {row['seconds']} s {wrong(row)}",
-            file=sys.stderr,
-            flush=True,
-        )
+        folder, mine = asked.folder / family, [case for case in missing if case.family == family]
+        make(family, folder, SIZES)
+        least = floors(list(dict.fromkeys((key(c), str(folder / c.form), c.attention, c.prompt + GENERATED) for c in mine)))
+        with ThreadPoolExecutor(asked.jobs) as pool:
+            rows = pool.map(measured, mine, [folder] * len(mine), [least[key(case)] for case in mine])
+            for case, row in zip(mine, rows, strict=True):
+                kept.add(row)
+                done.append(row)
+                number += 1
+                left = (time.monotonic() - began) / number * (len(missing) - number)
+                share = (row["cgroup_peak_bytes"] or 0) / row["budget_bytes"]
+                print(
+                    f"{number} of {len(missing)}, {left / 60:.0f} min left: {key(case)} {case.times}x "
+                    f"{row['budget_bytes'] / (1 << 20):.0f} MiB: {share:.3f} {row['ratio']} {row['seconds']} s {wrong(row)}",
+                    file=sys.stderr,
+                    flush=True,
+                )
     print(table(done))
     if len(done) == len(wanted) and not asked.quick:
         store(document("cap", config={"sizes": SIZES, "families": asked.families}, measured={"runs": done}))
@@ -333,7 +361,7 @@ def long_decode(asked: argparse.Namespace) -> int:
     make("qwen3_moe", folder, LONG)
     case = Case("qwen3_moe", None, asked.forms[0], 64, 1)
     context = 64 + asked.decode
-    floor = smallest(case, folder, context)
+    floor = floors([("long", str(folder / case.form), None, context)])["long"]
     budget = floor + (32 << 20)
     ran, answer = run(case, folder, budget, budget, decode=asked.decode, context=context)
     held = answer.get("held", [])
@@ -364,13 +392,16 @@ def main() -> int:
     parser.add_argument("--families", nargs="+", default=list(FAMILIES), metavar="NAME")
     parser.add_argument("--forms", nargs="+", default=list(FORMS), choices=FORMS)
     parser.add_argument("--prompts", nargs="+", type=int, default=list(PROMPTS), metavar="TOKENS")
+    parser.add_argument("--times", nargs="+", type=int, default=list(TIMES), help="budgets, as multiples of the smallest")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at the same time, each in a cgroup of its own")
     parser.add_argument("--for", dest="stop_after", type=float, metavar="SECONDS", help="begin no run after so long")
     parser.add_argument("--decode", type=int, metavar="TOKENS", help="a long decode instead")
     parser.add_argument("--quick", action="store_true", help="store nothing")
     asked = parser.parse_args()
     die_tidily()
     if asked.worker:
-        worker(json.loads(asked.worker))
+        given = json.loads(asked.worker)
+        (floors_of if "wanted" in given else worker)(given)
         return 0
     sys.path.insert(0, str(ROOT))
     try:

@@ -103,7 +103,7 @@ def plan(
         raise UsageError(message("The recall is a share of experts.", got=str(recall), allowed="0 to 1"))
     report("measuring the model without its weights", 0.1)
     model = hollow_model(opened)
-    found = forecast(opened, context_tokens)
+    found = forecast(opened, context_tokens, budget_bytes=memory_bytes)
     if opened.manifest is None:
         forms = [(opened if bits == dense == 16 else as_packed(opened, bits, dense, model)) for bits, dense in precisions]
     else:

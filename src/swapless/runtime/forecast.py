@@ -24,6 +24,9 @@ _LOADING_BYTES = 6 << 20
 _MODULE_BYTES = 16 << 10
 """What a load leaves behind beside weights, and what a module of the model takes in the interpreter, with what it holds."""
 
+_MOST_BYTES = 4 << 30
+"""No trial holds more, whatever the machine has, unless the budget is larger."""
+
 _AT_ONCE = 4
 """Tensors that transformers converts at the same time."""
 
@@ -46,13 +49,16 @@ class Forecast(NamedTuple):
         return _LOADING_BYTES + _MODULE_BYTES * self.modules
 
 
-def forecast(opened: OpenCheckpoint, context_tokens: int, attn_implementation: str | None = None) -> Forecast:
+def forecast(
+    opened: OpenCheckpoint, context_tokens: int, attn_implementation: str | None = None, budget_bytes: int | None = None
+) -> Forecast:
     """Try ``opened`` out without its weights, for calls of up to ``context_tokens`` tokens.
 
-    Once for each model, context and attention: figures of the kernel are never the same twice, and a floor is one number.
+    Once for each model, context and attention: figures of the kernel are never the same twice, and a floor is one number. What
+    holds more than ``budget_bytes``, or than four GiB where that is less, is not tried but foreseen, from shorter prompts.
     """
     key = opened.cls, opened.config.to_json_string(), opened.layout.dtype, opened.bits, context_tokens, attn_implementation
-    trial = _trials.get(key) or _tried(opened, context_tokens, attn_implementation)
+    trial = _trials.get(key) or _tried(opened, context_tokens, attn_implementation, max(_MOST_BYTES, budget_bytes or 0))
     if trial.needs.tried:
         _trials[key] = trial
     wide = max(
@@ -71,14 +77,14 @@ class _Trial(NamedTuple):
 _trials: dict[tuple[Any, ...], _Trial] = {}
 
 
-def _tried(opened: OpenCheckpoint, context_tokens: int, attn_implementation: str | None) -> _Trial:
+def _tried(opened: OpenCheckpoint, context_tokens: int, attn_implementation: str | None, most_bytes: int) -> _Trial:
     with _looking_at_new_objects(), foreign_errors("The model does not run with this configuration.", opened.folder):
         model = hollow_model(opened, attn_implementation)
         part_heads(model)
         if attn_implementation is None and opened.rounded:
             group_heads(model, True)
         dry = dry_run(model)
-        needs = rehearse(model, opened.layout.moe_layers, dry.cache, context_tokens, available_bytes())
+        needs = rehearse(model, opened.layout.moe_layers, dry.cache, context_tokens, min(most_bytes, available_bytes()))
         modules = sum(1 for _ in model.modules())
         del model
         gc.collect()

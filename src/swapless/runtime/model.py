@@ -198,7 +198,7 @@ def _load(
     report("trying out the model without its weights", 0.05)
     _warm_kernels(chosen)
     compute = computation(opened)
-    found = forecast(opened, context_tokens, attn_implementation)
+    found = forecast(opened, context_tokens, attn_implementation, total_bytes)
     lookahead_bytes = read_bytes = 0
     if ahead is not None and not if_worth:
         before_bytes = meter.now_bytes()
