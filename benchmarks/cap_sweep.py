@@ -169,12 +169,14 @@ def worker(asked: dict[str, Any]) -> None:
             memory=asked["memory_bytes"],
             context=asked["context"],
             attn_implementation=asked["attention"],
+            progress=_told,
         )
     except BudgetError as error:
         print(json.dumps({"refused": str(error)}))
         return
     ids = torch.randint(3, 500, (1, asked["prompt"]), generator=torch.Generator().manual_seed(0))
     held = []
+    _told("prompt", 0)
     try:
         if asked["decode"]:
             out = model(input_ids=ids, use_cache=True, logits_to_keep=1)
@@ -202,6 +204,11 @@ def worker(asked: dict[str, Any]) -> None:
             }
         )
     )
+
+
+def _told(stage: str, done: float) -> None:
+    """The last line of a run that is killed says where it was."""
+    print(f"{stage}: {_anonymous_bytes() / (1 << 20):.1f} MiB", file=sys.stderr, flush=True)
 
 
 def _anonymous_bytes() -> int:

@@ -25,10 +25,10 @@ def hollow_model(opened: OpenCheckpoint, attn_implementation: str | None = None)
     config = copy.deepcopy(opened.config)  # the implementation is noted in it
     if attn_implementation is not None:
         config._attn_implementation = attn_implementation
-    model: Any = skeleton(opened.cls, config)
+    dtype = opened.layout.dtype
+    model: Any = skeleton(opened.cls, config, dtype)
     strip_experts(model)
     model.set_experts_implementation(IMPLEMENTATION)
-    dtype = opened.layout.dtype
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:

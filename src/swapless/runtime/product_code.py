@@ -11,6 +11,8 @@ from swapless.runtime.memory import MemoryMeter
 _TRIED = 6
 _COUNTS_FROM = 32 << 10
 """Less code than this a shape is none: what differs is the allocator's."""
+_GRAIN = 128 << 10
+"""Rounded up to whole ones of these: two processes that measure the same should come to the same."""
 
 _of_shape: dict[tuple[torch.dtype, int, int], int] = {}
 
@@ -38,4 +40,4 @@ def _measured(dtype: torch.dtype, outputs: int, inputs: int) -> int:
             F.linear(rows[: 4 * count], weight)
         grown = (meter.anonymous_bytes() - before) // _TRIED
     meter.close()
-    return grown if grown >= _COUNTS_FROM else 0
+    return -(-grown // _GRAIN) * _GRAIN if grown >= _COUNTS_FROM else 0

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from swapless.errors import ContextError
 from swapless.runtime.allocator import TooMuchError, give_back, most_memory, pages_of_their_own
 from swapless.runtime.compute import accumulator, routed
-from swapless.runtime.door import MoeLayer, experts_of, grow_in_place
+from swapless.runtime.door import MoeLayer, experts_of, grow_in_place, most_heads
 from swapless.runtime.dry import CacheSize
 from swapless.runtime.memory import Spike
 from swapless.runtime.needs import Needs
@@ -85,7 +85,7 @@ def rehearse(
     available_bytes : int
         What the machine or a cgroup allows. What would not fit is not tried but foreseen, from shorter prompts.
     """
-    with _standing_in(model, layers), _once_each(model) as begin:
+    with _standing_in(model, layers), most_heads(), _once_each(model) as begin:
         return _tried(model, begin, cache, context_tokens, available_bytes)
 
 

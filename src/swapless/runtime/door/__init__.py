@@ -17,7 +17,7 @@ from swapless.runtime.door.dequantize import check_block_size, dequantize_on_loa
 from swapless.runtime.door.foreign import foreign_errors
 from swapless.runtime.door.gates import common_gate
 from swapless.runtime.door.generation import generation_config
-from swapless.runtime.door.heads import part_heads, whole_attention
+from swapless.runtime.door.heads import most_heads, part_heads, whole_attention
 from swapless.runtime.door.layout import ExpertParameter, Layout, MoeLayer
 from swapless.runtime.door.logs import write_out_logs
 from swapless.runtime.door.made_by import foreign
@@ -68,6 +68,7 @@ __all__ = [
     "load_non_experts",
     "model_class",
     "model_config",
+    "most_heads",
     "own_config",
     "packed_layout",
     "part_heads",

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-PART_BYTES = 32 << 20
+PART_BYTES = 16 << 20
 """Scores that are computed at once, but for those of a single head."""
 
 _EAGER = "eager_attention_forward"
@@ -24,6 +24,19 @@ _PER_HEAD = ("position_bias",)
 """Arguments (batch or 1, heads or 1, queries, keys) beside the mask."""
 
 _whole: ContextVar[bool] = ContextVar("swapless_whole_attention", default=False)
+
+
+_most: ContextVar[bool] = ContextVar("swapless_most_heads", default=False)
+
+
+@contextmanager
+def most_heads() -> Iterator[None]:
+    """Parts are a little too large for as long as it is open, so that no shorter prompt's are larger."""
+    token = _most.set(True)
+    try:
+        yield
+    finally:
+        _most.reset(token)
 
 
 @contextmanager
@@ -84,8 +97,7 @@ def _in_parts(eager: Callable[..., Any]) -> Callable[..., Any]:
         if batch * heads * one <= PART_BYTES or rows == 1 or _whole.get() or not _parts(module, heads, per_head, kwargs):
             return eager(module, query, key, value, attention_mask, *args, **kwargs)
         together = heads // key.shape[1]
-        at_once = max(1, PART_BYTES // one)
-        at_once = at_once // together * together if at_once >= together else _divisor(together, at_once)
+        at_once = _together(max(1, -(-PART_BYTES // one) if _most.get() else PART_BYTES // one), together, more=_most.get())
         out: torch.Tensor | None = None
         for sequence in range(batch):
             for first in range(0, heads, at_once):
@@ -133,5 +145,9 @@ def _slice(argument: torch.Tensor | None, sequence: int, first: int, end: int) -
     return one if one.shape[1] == 1 else one[:, first:end]
 
 
-def _divisor(number: int, most: int) -> int:
-    return next(size for size in range(most, 0, -1) if number % size == 0)
+def _together(at_once: int, together: int, *, more: bool) -> int:
+    """So many heads, or fewer, or ``more``: whole groups of those that share a key, or an equal part of one."""
+    if at_once >= together:
+        return -(-at_once // together) * together if more else at_once // together * together
+    sizes = [size for size in range(1, together + 1) if together % size == 0]
+    return min(size for size in sizes if size >= at_once) if more else max(size for size in sizes if size <= at_once)
