@@ -102,12 +102,12 @@ def backward(model: Any, embeds: torch.Tensor) -> Any:
 
 
 def adapter(model: Any, embeds: torch.Tensor) -> Any:
-    query = model.model.layers[0].self_attn.q_proj
-    query.weight.requires_grad_(True)
+    model.requires_grad_(False)
+    model.model.layers[0].self_attn.q_proj.weight.requires_grad_(True)
     try:
         return model(inputs_embeds=embeds).logits
     finally:
-        query.weight.requires_grad_(False)
+        model.requires_grad_(True)
 
 
 def checkpointed(model: Any, embeds: torch.Tensor) -> Any:
@@ -120,9 +120,11 @@ def checkpointed(model: Any, embeds: torch.Tensor) -> Any:
 def hooked(model: Any, embeds: torch.Tensor) -> Any:
     """A hook that lets the gradient begin in the middle."""
     hook = model.model.layers[1].register_forward_pre_hook(lambda module, args: (args[0].detach().requires_grad_(), *args[1:]))
+    model.requires_grad_(False)
     try:
         return model(inputs_embeds=embeds).logits
     finally:
+        model.requires_grad_(True)
         hook.remove()
 
 
@@ -153,6 +155,11 @@ def test_gradients_that_do_not_pass_an_expert_are_right(olmoe: Path, load: Any, 
         who(input_ids=prompt).logits.float().logsumexp(-1).sum().backward()
         grads.append(who.lm_head.weight.grad)
     assert torch.equal(*grads)
+
+
+def test_weights_want_gradients_as_in_transformers(olmoe: Path, load: Any, eager: Any) -> None:
+    ours, theirs = ({n: p.requires_grad for n, p in m.named_parameters()} for m in (load(olmoe, resident=0.25), eager(olmoe)))
+    assert ours == {name: theirs[name] for name in ours}  # torch multiplies in another way where they do not
 
 
 def test_no_graph_is_kept_without_being_asked(model: Any, prompt: Any) -> None:

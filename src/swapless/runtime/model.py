@@ -270,7 +270,6 @@ def _load(
     for module in model.modules():
         if hasattr(module, "take_turns"):  # layers with scratch memory of their own
             module.take_turns(engine.turn)  # type: ignore[operator]
-    model.requires_grad_(False)  # nothing here can be trained, and a graph would hold what the budget does not count
     StepHooks(engine, context_tokens, rounded=opened.rounded).attach(model)
     model.swapless = engine  # type: ignore[assignment]
     report("ready", 1.0)

@@ -7,6 +7,10 @@ wrong without a word. So each of these is an error, by name, where it reaches su
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
 import torch
 from torch._C import _functorch
 from torch.autograd import forward_ad
@@ -59,6 +63,29 @@ def check_plain(what: str, *tensors: torch.Tensor) -> None:
                     step="Give the model torch.Tensor in memory of the CPU.",
                 )
             )
+
+
+class Graphless:
+    """Lets no graph grow where nobody asked for one: it would hold what the budget does not count.
+
+    Weights come as transformers leaves them, each with a gradient to be had: by that flag alone torch chooses between two ways
+    to multiply, which differ in the last bit. So the flags stay, and gradients are off while all of them are up and no input
+    wants one.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        As it was loaded.
+    """
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+    def __call__(self, given: Iterable[Any]) -> AbstractContextManager[Any]:
+        """Context of a forward call that is ``given`` this."""
+        if not torch.is_grad_enabled() or any(isinstance(value, torch.Tensor) and value.requires_grad for value in given):
+            return nullcontext()
+        return torch.no_grad() if all(parameter.requires_grad for parameter in self._parameters) else nullcontext()
 
 
 def output_type(given: torch.dtype) -> torch.dtype:

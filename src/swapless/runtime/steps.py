@@ -22,6 +22,7 @@ from swapless.runtime.generation import Generation, Generations, Prepared
 from swapless.runtime.held import Held, cache_length, held_of, hold
 from swapless.runtime.needs import call_of
 from swapless.runtime.paged import PagedHeld
+from swapless.runtime.plain import Graphless
 from swapless.runtime.routing import Step
 from swapless.runtime.rows import single_rows
 from swapless.runtime.texts import NO_ROW, UNKNOWN_ROW, Texts
@@ -69,10 +70,11 @@ class StepHooks:
     def attach(self, model: torch.nn.Module) -> None:
         """See the calls of ``model`` as long as it lives."""
         self._signature = inspect.signature(type(model).forward)
-        model.forward = MethodType(self._forward_of(type(model)), model)  # a method, so that a copy of the model has its own
+        forward = self._forward_of(type(model), Graphless(model))
+        model.forward = MethodType(forward, model)  # a method, so that a copy of the model has its own
         self._generations.attach(model)
 
-    def _forward_of(self, cls: type[torch.nn.Module]) -> Callable[..., Any]:
+    def _forward_of(self, cls: type[torch.nn.Module], graphless: Graphless) -> Callable[..., Any]:
         def run(model: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
             call = self._begin(model, args, kwargs)
             if call is None:
@@ -90,7 +92,8 @@ class StepHooks:
 
         @functools.wraps(cls.forward)
         def forward(model: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-            return self._engine.whole_call(run, (model, *args), kwargs)
+            with graphless((*args, *kwargs.values())):
+                return self._engine.whole_call(run, (model, *args), kwargs)
 
         return forward
 
