@@ -19,6 +19,7 @@ import json
 import os
 import sys
 import time
+import traceback
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -252,7 +253,10 @@ def floors_of(asked: dict[str, Any]) -> None:
                 text = str(error)
                 floor = int(text.partition("at least")[2].partition("(")[2].partition(" bytes")[0])
                 print(json.dumps([name, floor]), flush=True)
+            except BaseException:
+                traceback.print_exc()
             finally:
+                sys.stderr.flush()
                 os._exit(0)
         os.waitpid(child, 0)
 
