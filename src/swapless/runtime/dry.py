@@ -6,6 +6,8 @@ formula covers them all. Two short prefills without a single expert read tell th
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -54,18 +56,25 @@ class _ZeroExperts:
         return torch.zeros_like(hidden_TD)
 
 
+@contextmanager
+def standing_in(model: PreTrainedModel, stand_in: Any) -> Iterator[None]:
+    """Let ``stand_in`` be the engine of all experts modules of ``model``, which must not belong to one yet."""
+    modules = [module for _, module in experts_of(model)]
+    for module in modules:
+        module.swapless_engine = stand_in
+    try:
+        yield
+    finally:
+        for module in modules:
+            del module.swapless_engine
+
+
 @torch.no_grad()
 def dry_run(model: PreTrainedModel) -> DryRun:
     """Measure the cache of ``model``, whose experts modules must not belong to an engine yet. Leaves no trace in it."""
     stand_in = _ZeroExperts()
-    modules = [module for _, module in experts_of(model)]
-    for module in modules:
-        module.swapless_engine = stand_in  # type: ignore[assignment]
-    try:
+    with standing_in(model, stand_in):
         (small, seen), (large, _) = (_cache_bytes(model, tokens) for tokens in (_SHORT, _LONG))
-    finally:
-        for module in modules:
-            del module.swapless_engine
     per_token = max(0, large - small) // (_LONG - _SHORT)
     fixed = max(0, small - _SHORT * per_token)
     # Windows are longer than the runs: until they are full, what they keep of a token looks like what all others keep.

@@ -22,7 +22,7 @@ from swapless.errors import ContextError
 from swapless.runtime.allocator import TooMuchError, give_back, most_memory, pages_of_their_own
 from swapless.runtime.compute import accumulator, routed
 from swapless.runtime.door import MoeLayer, experts_of, grow_in_place, most_heads
-from swapless.runtime.dry import CacheSize
+from swapless.runtime.dry import CacheSize, standing_in
 from swapless.runtime.memory import Spike
 from swapless.runtime.needs import Needs
 
@@ -85,7 +85,7 @@ def rehearse(
     available_bytes : int
         What the machine or a cgroup allows. What would not fit is not tried but foreseen, from shorter prompts.
     """
-    with _standing_in(model, layers), most_heads(), _once_each(model) as begin:
+    with standing_in(model, _StandIn(model, layers)), most_heads(), _once_each(model) as begin:
         return _tried(model, begin, cache, context_tokens, available_bytes)
 
 
@@ -167,37 +167,19 @@ def _next(prompts: list[tuple[int, int]], tokens: int) -> int:
 
 
 @contextmanager
-def _standing_in(model: PreTrainedModel, layers: Sequence[MoeLayer]) -> Iterator[None]:
-    modules = [module for _, module in experts_of(model)]
-    stand_in = _StandIn(model, layers)
-    for module in modules:
-        module.swapless_engine = stand_in  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        for module in modules:
-            del module.swapless_engine
-
-
-@contextmanager
 def _once_each(model: PreTrainedModel) -> Iterator[Callable[[], None]]:
     """Of layers that are alike only the first one computes. Gives a function to be called before every forward call."""
     answers: dict[Any, Any] = {}
-    kinds: dict[Any, Any] = {}
-    changed = []
-    for layer in _decoder_layers(model):
+    kinds: set[Any] = set()
+    layers = _decoder_layers(model)
+    for layer in layers:
         kind = _kind(layer)
-        own = layer.forward
-        if kind in kinds:
-            layer.forward = _repeating(answers, kind)
-        else:
-            kinds[kind] = layer
-            layer.forward = _noting(answers, kind, own)
-        changed.append(layer)
+        layer.forward = _repeating(answers, kind) if kind in kinds else _noting(answers, kind, layer.forward)
+        kinds.add(kind)
     try:
         yield answers.clear
     finally:
-        for layer in changed:
+        for layer in layers:
             del layer.forward
 
 
