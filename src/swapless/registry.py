@@ -6,11 +6,25 @@ elsewhere add theirs through the entry-point group of the same name, without tou
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Any
 
 from swapless.errors import UnknownNameError
+
+
+def exported(package: str, homes: Mapping[str, str], name: str) -> Any:
+    """What a package exports as ``name`` from the module that ``homes`` says, imported now: for its ``__getattr__``.
+
+    Raises
+    ------
+    AttributeError
+        It exports no such name.
+    """
+    if name in homes:
+        return getattr(import_module(homes[name]), name)
+    raise AttributeError(f"module {package!r} has no attribute {name!r}")
 
 
 class Registry:

@@ -5,10 +5,9 @@ A policy of one's own needs ``Policy``, ``rules`` and ``may_go`` from here; see 
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from swapless.registry import Registry
+from swapless.registry import Registry, exported
 
 if TYPE_CHECKING:
     from swapless.cache.policy import Policy as Policy
@@ -54,6 +53,4 @@ def __dir__() -> list[str]:
 
 
 def __getattr__(name: str) -> Any:
-    if name in _LAZY:
-        return getattr(import_module(_LAZY[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return exported(__name__, _LAZY, name)

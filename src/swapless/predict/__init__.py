@@ -6,11 +6,10 @@ A predictor of one's own needs ``Predictor``, ``Fitted``, ``Lead``, ``known_laye
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from swapless.errors import UsageError, message
-from swapless.registry import Registry
+from swapless.registry import Registry, exported
 
 if TYPE_CHECKING:
     from swapless.predict.predictor import Fitted as Fitted
@@ -53,9 +52,7 @@ def __dir__() -> list[str]:
 
 
 def __getattr__(name: str) -> Any:
-    if name in _LAZY:
-        return getattr(import_module(_LAZY[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return exported(__name__, _LAZY, name)
 
 
 def make_predictor(kind: str, **options: Any) -> Predictor:
