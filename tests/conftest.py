@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,6 +32,15 @@ def no_lines_of_progress() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(progress, "LINE_EVERY_S", 1e6)
         yield
+
+
+@pytest.fixture(scope="module")
+def roomy() -> str:
+    """A budget for ``--memory`` with room for the embedded model, however large the tests before made this process.
+
+    What a process holds already counts in the budget, and a worker that has run a thousand tests holds more than 1 GiB.
+    """
+    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024 + 1024}MiB"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
