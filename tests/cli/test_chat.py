@@ -16,6 +16,7 @@ import pytest
 
 COMMAND = [sys.executable, "-c", "from swapless.cli.main import main; main()"]
 PATIENCE_S = 300
+AGAIN_S = 5
 
 
 class Terminal:
@@ -37,11 +38,18 @@ class Terminal:
         )
         os.close(other)
 
-    def until(self, words: str) -> str:
-        """Read until ``words`` come after what was read up to before; returns what came."""
-        end = time.monotonic() + PATIENCE_S
+    def until(self, words: str, again: str = "") -> str:
+        """Read until ``words`` come after what was read up to before; returns what came.
+
+        ``again`` is pressed once more every few seconds until then. A Ctrl-C in the instant between Python's own look at
+        signals and its wait for a key is only seen with the next key, at every prompt of Python's; a person presses again.
+        """
+        end, press = time.monotonic() + PATIENCE_S, time.monotonic() + AGAIN_S
         while words not in self.shown[self._place :]:
             assert time.monotonic() < end, f"no {words!r} in {self.shown[self._place :]!r}"
+            if again and time.monotonic() > press:
+                press = time.monotonic() + AGAIN_S
+                self.type(again)
             if select.select([self._own], [], [], 1.0)[0]:
                 try:
                     piece = os.read(self._own, 65536).decode("utf-8", errors="replace")
@@ -117,7 +125,7 @@ def test_a_conversation_at_a_terminal(chat, tmp_path):
     terminal.until("> ")
 
     terminal.type("half a line\x03")
-    terminal.until("leaves.)")
+    terminal.until("leaves.)", again="\x03")
     terminal.until("> ")
 
     terminal.type(f"/save {tmp_path / 'talk.json'}\n")

@@ -104,3 +104,35 @@ def test_a_model_without_weights_tells_what_the_real_one_holds(name: str, tmp_pa
     pages_of_their_own(False)
     assert spike.nbytes <= needs.prompt_bytes + (3 << 20), "within what the allocator leaves lying about"
     assert needs.prompt_bytes <= 2 * spike.nbytes + (3 << 20)
+
+
+def test_code_that_is_mapped_on_the_way_is_no_part_of_a_prompt(tmp_path: Any) -> None:
+    """As in a forked child, which finds none of its libraries mapped."""
+    import mmap
+
+    from swapless.runtime.dry import dry_run
+    from swapless.runtime.hollow import hollow_model
+    from swapless.runtime.open import open_checkpoint
+    from swapless.runtime.rehearsal import rehearse
+    from tests.families.tiny import decorated_families, tiny_model
+
+    code = tmp_path / "code"
+    code.write_bytes(bytes(24 << 20))
+    tiny_model(decorated_families()["qwen3_moe"]).save_pretrained(tmp_path)
+    opened = open_checkpoint(tmp_path)
+    hollow = hollow_model(opened)
+    cache = dry_run(hollow).cache
+    found = rehearse(hollow, opened.layout.moe_layers, cache, 128, 1 << 40)
+    maps = []
+
+    def load_code(module: Any, args: Any, given: dict[str, Any]) -> None:
+        if given["input_ids"].shape[1] == 128 and not maps:
+            with code.open("rb") as file:
+                maps.append(mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ))
+            assert not sum(maps[0][:: mmap.PAGESIZE])
+
+    hook = hollow.register_forward_pre_hook(load_code, with_kwargs=True)
+    again = rehearse(hollow, opened.layout.moe_layers, cache, 128, 1 << 40)
+    hook.remove()
+    assert len(maps) == 1
+    assert abs(again.prompt_bytes - found.prompt_bytes) < 4 << 20

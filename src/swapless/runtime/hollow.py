@@ -33,7 +33,7 @@ def hollow_model(opened: OpenCheckpoint, attn_implementation: str | None = None)
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 zeros = _zeros(parameter, dtype)
-                module._parameters[name] = torch.nn.Parameter(zeros, requires_grad=False)
+                module._parameters[name] = torch.nn.Parameter(zeros, requires_grad=parameter.requires_grad)  # products go by it
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 # A buffer may be written to, so it has memory of its own.

@@ -229,14 +229,16 @@ class Spike:
     """What a piece of work holds at the most beyond what was held before it: a context manager that tells ``nbytes``.
 
     By the kernel's own mark, so that nothing is missed; where that cannot be reset, a thread looks every few milliseconds.
+    ``mapped_bytes`` is by how much the pages of mapped files grew: they are part of ``nbytes``, though nobody allocated them,
+    and another time the same work finds them there. A forked child has to map all its code anew.
     """
 
-    nbytes = 0
+    nbytes = mapped_bytes = 0
 
     def __enter__(self) -> Spike:
         self._status = _Status()
         self._by_mark = _reset_high_water()
-        self._before = self._status.resident()[0]
+        self._before, self._mapped = self._status.resident()
         self._most = 0
         self._done = threading.Event()
         self._thread = None
@@ -255,4 +257,5 @@ class Spike:
             self._thread.join()
         most = self._status.high_water() if self._by_mark else self._most
         self.nbytes = max(0, most - self._before)
+        self.mapped_bytes = max(0, self._status.resident()[1] - self._mapped)
         self._status.close()

@@ -94,11 +94,15 @@ def _tried(model: Any, begin: Callable[[], None], cache: CacheSize, context_toke
     last_only = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(type(model).forward).parameters else {}
 
     def call(tokens: int, past: Any = None, **given: Any) -> tuple[int, Any]:
-        begin()
-        give_back()
         ids = torch.zeros((1, tokens), dtype=torch.long)  # the one id that every vocabulary has
-        with Spike() as spike:
-            out = model(input_ids=ids, past_key_values=past, use_cache=True, **given)
+        for _ in range(_TRIES):
+            out = None
+            begin()
+            give_back()
+            with Spike() as spike:
+                out = model(input_ids=ids, past_key_values=past, use_cache=True, **given)
+            if spike.mapped_bytes < _GRAIN or past is not None:  # what is in a cache would be there twice
+                break
         return -(-spike.nbytes // _GRAIN) * _GRAIN, getattr(out, "past_key_values", None)
 
     lengths = _lengths(context_tokens)
@@ -142,6 +146,9 @@ def _step(call: Callable[..., tuple[int, Any]], past: Any, given: dict[str, Any]
     """What a decode step holds for a while."""
     return max(call(1, past, **given)[0] for _ in range(_STEPS)) if past is not None else call(1, **given)[0]
 
+
+_TRIES = 3
+"""How often a prompt is tried again because code was mapped on the way, which is no part of what it holds."""
 
 _STEPS = 2
 """Decode steps that are tried: the first may make what later ones find."""
