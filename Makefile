@@ -8,6 +8,9 @@ JOBS ?= 2
 DATA ?= ../shared/data
 INSTALL := PIP_CONSTRAINT=constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet
 
+# What the tests import is compiled once, and not anew by every process that they begin.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-numeric test-slow test-data test-all lint format types docs bench clean
 

@@ -24,6 +24,21 @@ def pytest_configure() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest leaves out what is marked slow
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of a test marked ``few(n)``, n sets of parameters spread over all stay; the others are slow tests."""
+    sets: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        if item.get_closest_marker("few"):
+            sets.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    for mine in sets.values():
+        (few,) = mine[0].iter_markers("few")
+        kept = {number * len(mine) // few.args[0] for number in range(few.args[0])}
+        for number, item in enumerate(mine):
+            if number not in kept:
+                item.add_marker("slow")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def no_lines_of_progress() -> Iterator[None]:
     """What a busy machine makes of the time never shows among the lines that tests count; in processes of their own it may."""

@@ -41,7 +41,7 @@ def made(layers: int, experts: int, top_k: int, ids: list, **columns: object) ->
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("policy", ["lru", "belady_bypass", "s3fifo"])
+@pytest.mark.parametrize("policy", ["lru", "belady_bypass", pytest.param("s3fifo", marks=pytest.mark.slow)])
 def test_the_smallest_replays_count_right(policy, shape):
     trace = made(*shape)
     asked = int((trace.expert_ids >= 0).sum())

@@ -49,6 +49,7 @@ def test_rows_are_those_of_the_replay(file):
         assert row["pool"] == "layer" and row["request_model"] == "token" and row["tokens_per_s"] is None
 
 
+@pytest.mark.slow
 def test_a_device_gives_time_and_floor_and_a_page(file, tmp_path):
     page = tmp_path / "page.html"
     result = run(file, "--policy", "lru,belady", "--capacity", "0.5", "--device", "sata", "--html", page)
@@ -67,6 +68,7 @@ def predictor(file, tmp_path_factory):
     return path
 
 
+@pytest.mark.slow
 def test_reading_ahead_stands_beside_not_reading_ahead(file, predictor, tmp_path):
     given = (file, "--policy", "lru,lfu", "--capacity", "0.5,3", "--device", "SATA")
     plain = json.loads(run(*given, "--json").stdout)
@@ -155,6 +157,7 @@ def test_the_published_protocol(tmp_path):
         assert refused.exit_code and said in refused.stderr and not refused.stdout, refused.stderr
 
 
+@pytest.mark.slow
 def test_every_table_names_its_state_and_its_optimum(file):
     for arguments, said in (
         ([], "One cache a MoE layer, kept from document to document, the experts of a token at once; optimum: belady,"),

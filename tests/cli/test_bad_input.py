@@ -47,6 +47,7 @@ def _rewrite_header(path, change) -> None:
     path.write_bytes(struct.pack("<Q", len(text)) + text + raw[8 + length :])
 
 
+@pytest.mark.slow
 def test_a_sharded_checkpoint_works_to_begin_with(sharded, checkpoint, swapless):
     whole, parts = (swapless("run", path, "--resident", "25%", *RUN, "-q") for path in (checkpoint, sharded))
     assert parts.exit_code == 0, parts.stderr
@@ -239,6 +240,7 @@ def disturbed(endless, tmp_path, monkeypatch, swapless):
     return call
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("change", "words"),
     [

@@ -138,6 +138,7 @@ CASES = {
 }
 
 
+@pytest.mark.few(10)
 @pytest.mark.parametrize("case", CASES)
 def test_a_broken_trace_ends_in_one_message(swapless, tmp_path, case):
     make, said = CASES[case]

@@ -198,6 +198,7 @@ def test_commands_from_a_pipe(talk, tmp_path):
     assert len(saved) == 3
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     "target", ["{checkpoint}/model.safetensors --force", "{checkpoint}", "/no/such/folder/x", "/dev/full --force"]
 )

@@ -32,6 +32,7 @@ def greedy(checkpoint):
     return CliRunner().invoke(app, ["run", checkpoint, "--prompt", "Once upon a time", *options]).stdout
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
@@ -51,6 +52,7 @@ def test_one_greedy_sequence_and_a_warning(run, greedy, settings, said):
     assert done.stderr.count("\n") == 1 and done.stderr.startswith("Warning: ") and said in done.stderr
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(
     "settings",
     [

@@ -208,6 +208,7 @@ def test_a_file_that_may_not_grow(calls, tmp_path):
 MAIN = "from swapless.cli.main import main; main()"
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     "arguments", [("--help",), ("--version",), ("info", "{}"), ("simulate", "{}", "--json"), ("locality", "{}", "--json")]
 )

@@ -36,6 +36,7 @@ def start(endless):
 _LONG = ("--prompt", "The", "--max-new-tokens", "900")
 
 
+@pytest.mark.slow
 def test_ctrl_c_while_generating_leaves_nothing_running(start):
     process = start(*_LONG)
     assert process.stdout.read(1)

@@ -67,6 +67,7 @@ def test_the_same_document_is_routed_the_same_every_time(recorded):
         assert a.tokens == b.tokens
 
 
+@pytest.mark.few(1)
 def test_every_measure_and_the_page(recorded, swapless, tmp_path):
     path, trace, _ = recorded
     shown = json.loads(swapless("info", path, "--json").stdout)

@@ -95,6 +95,7 @@ def test_reading_ahead_changes_nothing_but_the_reads(run, reference):
     assert "read ahead" not in run("--prompt", PROMPT, "--prefetch", "none").stderr
 
 
+@pytest.mark.slow
 def test_a_predictor_of_this_model_reads_ahead_and_one_of_another_is_refused(run, reference, checkpoint, swapless, tmp_path):
     prompts, trace, saved = tmp_path / "prompts.txt", tmp_path / "t.parquet", tmp_path / "p"
     prompts.write_text("The cat sat on the mat. The dog saw the cat.\nOne and one is two.\n", encoding="utf-8")

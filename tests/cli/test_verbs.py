@@ -92,6 +92,7 @@ def test_verify_exits_with_1_on_any_difference(swapless, checkpoint, monkeypatch
     assert "DIFFERENT, by up to 0.001" in done.stdout and "MoE layer 2" in done.stderr
 
 
+@pytest.mark.slow
 def test_demo_shows_three_residencies_of_one_text(swapless):
     done = swapless("demo")
     assert done.exit_code == 0, done.stderr

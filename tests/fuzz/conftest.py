@@ -7,6 +7,9 @@ from typing import Any
 from tests.fuzz.figures import lines
 
 
+collect_ignore = ["warm.py"]  # importing it compiles kernels
+
+
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     for line in lines():
         terminalreporter.write_line(line)

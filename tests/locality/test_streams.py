@@ -53,6 +53,7 @@ def batches(request, monkeypatch):
     monkeypatch.setattr(stream, "_LABEL_TOKENS", request.param)
 
 
+@pytest.mark.few(20)
 @pytest.mark.parametrize("options", CHOICES)
 @pytest.mark.parametrize("limits", [(None, None), (1, None), (10, None), (None, 2), (25, 3), (1000, 4)])
 def test_a_file_is_cut_into_the_pieces_of_the_trace(tmp_path, batches, options, limits):
@@ -73,6 +74,7 @@ def test_a_file_is_cut_into_the_pieces_of_the_trace(tmp_path, batches, options, 
                 assert [a.domains[code] for code in a.domain] == [b.domains[code] for code in b.domain]
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("options", [CHOICES[0], CHOICES[1], CHOICES[4]])
 def test_the_survey_of_a_file_is_that_of_the_trace(tmp_path, batches, options, monkeypatch):
     monkeypatch.setattr("swapless.locality.specialization.LEAST_COUNT", 5)
@@ -130,6 +132,7 @@ def test_choices_that_nothing_meets(tmp_path):
             len(file)
 
 
+@pytest.mark.slow
 def test_memory_stays_that_of_a_piece(tmp_path):
     """32 MB of ids, of which no more than some batches are held at a time."""
     header = TraceHeader(

@@ -29,6 +29,7 @@ def trace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_a_table_and_what_to_type(checkpoint: Path, kept_machine: Path) -> None:
     done = swapless("plan", checkpoint, "--memory", "600MiB")
     assert done.exit_code == 0, done.output

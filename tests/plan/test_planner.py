@@ -63,6 +63,7 @@ def test_a_store_that_is_not_there_is_as_large_as_the_real_one(
     assert disk_bytes(foreseen) <= written <= disk_bytes(foreseen) + 100_000, "headers are all that is not counted"
 
 
+@pytest.mark.slow
 def test_the_lossless_line_has_the_slots_that_load_gives(opened: Any, checkpoint: Path) -> None:
     with swapless.load(checkpoint, resident=0.5, prefetch="auto", context=256) as model:
         own = model.swapless.budget
@@ -100,6 +101,7 @@ def test_the_named_smallest_budget_works_and_one_byte_less_does_not(large: Any, 
         planned(large, least - 1, whole=False)
 
 
+@pytest.mark.slow
 def test_fewer_bits_need_less(large: Any, least: int) -> None:
     needs = {(row.bits, row.dense_bits): row.needs_bytes for row in planned(large, least, whole=False).set_ups}
     assert needs[16, 16] > needs[4, 16] >= least == min(needs.values())
@@ -109,6 +111,7 @@ def test_fewer_bits_need_less(large: Any, least: int) -> None:
     assert planned(large, needs[16, 16], whole=False).lossless is not None
 
 
+@pytest.mark.slow
 def test_less_memory_is_fewer_slots_and_fewer_hits_and_what_is_missing_is_read_ahead(opened: Any, roomy: Any) -> None:
     tight = roomy.set_ups[0].needs_bytes + 5 * MIB
     found = planned(opened, tight, precisions=[(16, 16), (4, 4)])
@@ -125,6 +128,7 @@ def test_less_memory_is_fewer_slots_and_fewer_hits_and_what_is_missing_is_read_a
         assert row.budget is None or row.budget.total_bytes == tight
 
 
+@pytest.mark.slow
 def test_what_a_plan_followed_from_can_be_kept(opened: Any, roomy: Any) -> None:
     found = planned(opened, roomy.set_ups[0].needs_bytes + 5 * MIB, precisions=[(16, 16)]).set_ups
     kept = [json.loads(json.dumps(row.expected.to_dict())) for row in found]
@@ -135,6 +139,7 @@ def test_what_a_plan_followed_from_can_be_kept(opened: Any, roomy: Any) -> None:
         assert row.expected.speed(bytes_per_s=1e3).token_s > row.speed.token_s
 
 
+@pytest.mark.slow
 def test_where_slots_are_few_none_is_set_aside_for_reading_ahead(large: Any, least: int) -> None:
     needs = planned(large, least, whole=False).set_ups[0].needs_bytes
     found = planned(large, needs, precisions=[(16, 16)], whole=False)
@@ -143,6 +148,7 @@ def test_where_slots_are_few_none_is_set_aside_for_reading_ahead(large: Any, lea
     assert "--prefetch" not in found.lossless.commands[0]
 
 
+@pytest.mark.slow
 def test_where_a_router_cannot_be_asked_nothing_is_promised(opened: Any, roomy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("swapless.plan.hollow.HollowRun.foresees", False)
     found = planned(opened, roomy.set_ups[0].needs_bytes + 5 * MIB, precisions=[(16, 16), (4, 4)])
@@ -150,6 +156,7 @@ def test_where_a_router_cannot_be_asked_nothing_is_promised(opened: Any, roomy: 
     assert found.lossless.budget.ahead_slots > 0, "as in a run, which learns it from the first prompt"
 
 
+@pytest.mark.slow
 def test_a_packed_store_has_its_own_precision_alone_and_its_price(checkpoint: Path, tmp_path: Path) -> None:
     from swapless.store.packed import note_perplexity
 
@@ -172,6 +179,7 @@ def test_a_recall_is_a_share(opened: Any) -> None:
         planned(opened, 600 * MIB, recall=98.0)
 
 
+@pytest.mark.slow
 def test_a_longer_context_takes_slots(opened: Any, roomy: Any) -> None:
     memory = roomy.set_ups[0].needs_bytes + 4 * MIB
     assert planned(opened, memory, context=512).set_ups[0].needs_bytes > roomy.set_ups[0].needs_bytes

@@ -69,6 +69,7 @@ def test_misses_are_drawn_as_often_as_they_are_expected() -> None:
     assert len(some) == 7 and set(np.bincount(some, minlength=3).tolist()) <= {2, 3}
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("bits", [16, 8, 4])
 def test_as_many_experts_are_missed_as_asked(bits: int, hollow: HollowRun, opened: Any) -> None:
     form = opened if bits == 16 else as_packed(opened, bits, 16)

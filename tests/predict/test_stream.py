@@ -56,6 +56,7 @@ def documents(trace):
     return [range(start, end) for start, end in itertools.pairwise(trace.document_offsets.tolist())]
 
 
+@pytest.mark.few(1)
 def test_the_stream_says_what_the_batch_says(learned):
     trace, words = unseen(learned.fitted_.vocabulary)
     batch = {lead: learned.scores_batch(trace, lead) for lead in LEADS}

@@ -30,6 +30,7 @@ def always_on(model: Any) -> None:
 EVERY_TIME = {(3, "gate", "lru"), (12, "gate:2", "lru")}
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("slots", "prefetch", "policy"),
     [
@@ -125,6 +126,7 @@ def test_everything_resident_needs_no_room_beside(olmoe: Path, load: Any, genera
     assert model.swapless.stats().prefetch_reads == 0
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(("slots", "asked"), [(2, False), (16, True)])
 def test_left_to_the_budget_it_needs_no_more_memory(
     olmoe: Path, load: Any, generate: Any, prompt: Any, eager: Any, slots: int, asked: bool

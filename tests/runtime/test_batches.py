@@ -27,6 +27,7 @@ def padded(repetitive: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return batch, mask
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     "options",
     [{}, {"cache_implementation": "static"}, {"use_cache": False}, {"prefill_chunk_size": 4}, {"num_beams": 2}],
@@ -158,6 +159,7 @@ def test_a_way_to_generate_of_ones_own(model: Any, plain: Any, repetitive: torch
     check_counts(model)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("copies", [1, 2])
 def test_continuous_batching(copies: int, model: Any, plain: Any, repetitive: torch.Tensor) -> None:
     prompts = [repetitive[0].tolist(), [40, 41, 42], [60]]

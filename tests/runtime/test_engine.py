@@ -28,6 +28,7 @@ def folder(request: pytest.FixtureRequest) -> Path:
     return request.getfixturevalue(request.param)
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("resident_share", [0.125, 0.25, 0.5])
 @pytest.mark.parametrize("policy", ["lru", "lfu"])
 def test_counts_agree_with_each_other(
@@ -78,6 +79,7 @@ def test_everything_resident_reads_every_expert_once(olmoe: Path, load: Any, gen
     assert again.waves == 15 * LAYERS
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(
     ("share", "slots"), [(0.01, 1), (2 / 24, 2), (3 / 24, 3), (5 / 24, 5), (6 / 24, 6), (23 / 24, 23), (1.0, 24)]
 )
@@ -151,6 +153,7 @@ def engine_hits(model: Any, policy: str) -> tuple[int, int]:
     return hits, requests
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("policy", ["lru", "lfu"])
 @pytest.mark.parametrize("share", [0.125, 0.25, 0.5])
 def test_the_trace_replayed_gives_the_engines_own_hits(

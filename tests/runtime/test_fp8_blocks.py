@@ -164,6 +164,7 @@ CASES = {
 }
 
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_it_gives_the_bits_of_the_weights_made_whole(
     case: Any, plain: Any, tmp_path: Path, prompt: torch.Tensor, load: Any, eager: Any

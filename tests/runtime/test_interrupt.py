@@ -65,6 +65,7 @@ def replace_all(folder: Path) -> None:
         other.replace(shard)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("harm", [truncate_all, unlink_all, replace_all])
 @pytest.mark.parametrize("at", [1, 3])
 def test_a_shard_harmed_while_generating(
@@ -154,6 +155,7 @@ def interruptible() -> set[str]:
     return {str(module.__file__) for module in (compute, engine, loader, pool, serve)}
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
 def test_ctrl_c_at_any_line_leaves_no_slot_that_lies(phase: str, olmoe: Path, load: Any, eager: Any, prompt: Any) -> None:
     model, plain, files = load(olmoe, resident=0.25), eager(olmoe), interruptible()

@@ -147,6 +147,7 @@ def test_extremes_do_not_overflow(bits: int) -> None:
     assert (got - 64 * (-128 if bits == 8 else 15)).abs().max() < 1e-2
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("count", [1, 4])
 def test_all_ways_of_multiplying_bytes_give_the_same_bits(bits: int, count: int) -> None:

@@ -115,6 +115,7 @@ FAILING: dict[str, tuple[Callable[[Path], None], dict[str, Any], type[SwaplessEr
 }
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("how", FAILING)
 def test_failed_loads_leave_nothing(how: str, own_olmoe: Path) -> None:
     harm, options, error = FAILING[how]
@@ -245,6 +246,7 @@ def test_models_that_are_forgotten_close_themselves(prefetch: str, olmoe: Path) 
     assert holdings()._replace(slabs=0) == before._replace(slabs=0)
 
 
+@pytest.mark.slow
 def test_a_model_in_a_ring_of_references_is_collected_in_whatever_thread(olmoe: Path) -> None:
     before = holdings()
     model = swapless.load(olmoe, resident=0.25, context=64)
@@ -278,6 +280,7 @@ first = answer()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("end", ["", *(pytest.param(end, marks=pytest.mark.slow) for end in ("sys.exit(0)", "del model"))])
 def test_a_process_ends_without_close(end: str, olmoe: Path) -> None:
     done = run(end, olmoe)
@@ -363,6 +366,7 @@ assert child(other) == 0
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("threads", [pytest.param("1", marks=pytest.mark.slow), "2"])
 @pytest.mark.parametrize("packed", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_forked_child_works(packed: bool, threads: str, olmoe: Path, store: Path) -> None:

@@ -64,6 +64,7 @@ COPIES: dict[str, Callable[[Any], Any]] = {
 }
 
 
+@pytest.mark.few(4)
 @torch.no_grad()
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("how", COPIES)

@@ -35,6 +35,7 @@ MODES: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.few(8)
 @pytest.mark.parametrize("mode", MODES)
 def test_each_mode(mode: str, model: Any, plain: Any, repetitive: torch.Tensor) -> None:
     torch.manual_seed(1)

@@ -68,6 +68,7 @@ def test_the_cache_grows_by_tokens_and_windows_keep_their_last() -> None:
 FEW = ("qwen3_moe", "gpt_oss", "deepseek_v3", "granitemoehybrid")
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("name", FEW)
 def test_a_model_without_weights_tells_what_the_real_one_holds(name: str, tmp_path: Any) -> None:
     """Of random tokens in a real model with all its products; what oneDNN keeps of those is another part of the budget."""

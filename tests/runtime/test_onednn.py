@@ -32,6 +32,7 @@ print(half - before, anonymous_mib() - half)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is told by Linux's /proc")
 def test_products_of_many_shapes_take_no_more_memory_than_those_of_some() -> None:
     own = {

@@ -32,6 +32,7 @@ def own(store: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(store, tmp_path / "own"))
 
 
+@pytest.mark.few(1)
 def test_both_versions_give_the_same_output(
     store: Path, qwen3_moe: Path, tmp_path: Path, load: Any, prompt: Any, generate: Any
 ) -> None:

@@ -149,6 +149,7 @@ def test_no_tokenizer_is_one_clear_error(verbs: Any, tmp_path: Path) -> None:
     assert done.exit_code == 1 and "tokenizer" in done.stderr and done.stdout == ""
 
 
+@pytest.mark.slow
 def test_pack_puts_the_price_into_the_manifest(verbs: Any, tmp_path: Path) -> None:
     import json
 

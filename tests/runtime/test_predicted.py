@@ -49,7 +49,9 @@ def recorded(tokenizer, tmp_path_factory):
     return read_trace(path)
 
 
-@pytest.fixture(scope="module", params=["token", "token_id", "linear"])
+@pytest.fixture(
+    scope="module", params=["linear", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("token", "token_id"))]
+)
 def saved(request, recorded, tmp_path_factory):
     """Predictors of the embedded model: the learned one on texts and on ids, and a plain one."""
     from dataclasses import replace

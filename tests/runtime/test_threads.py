@@ -57,6 +57,7 @@ def assert_all_equal(got: Sequence[Any], wanted: Sequence[torch.Tensor]) -> None
         assert torch.equal(one, other)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("prefetch", ["none", "gate"])
 def test_threads_of_a_server_all_get_the_right_answer(
     prefetch: str, olmoe: Path, load: Any, eager: Any, generate: Any, prompts: list[torch.Tensor]
@@ -72,6 +73,7 @@ def test_threads_of_a_server_all_get_the_right_answer(
     assert stats.decode_tokens == 2 * 3 * (TOKENS - 1)
 
 
+@pytest.mark.slow
 def test_threads_of_a_packed_model_with_rounded_layers(
     qwen3_moe: Path, tmp_path: Path, load: Any, generate: Any, prompts: list[torch.Tensor]
 ) -> None:

@@ -91,6 +91,7 @@ CHANGES: dict[str, Change] = {
 }
 
 
+@pytest.mark.few(30)
 @pytest.mark.parametrize("version", [2, 3])
 @pytest.mark.parametrize("change", CHANGES)
 def test_what_cannot_be_is_refused_even_under_a_checksum_of_its_own(change: str, version: int, mine: Path) -> None:

@@ -315,6 +315,7 @@ def test_what_does_not_belong_is_refused(own: Path, damage, error, words: str) -
         read_manifest(own)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     "expert_bytes,block_bytes,at_once", [(32 << 20, 32 << 20, 2), (32 << 20, 8 << 20, 3), (BLOCK_BYTES, BLOCK_BYTES, 4)]
 )

@@ -129,6 +129,7 @@ def test_a_folder_with_a_part_of_somebody_else_is_not_ours(name: str, tmp_path: 
     assert contents(tmp_path).keys() == {name}
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize(
     "change",
     [

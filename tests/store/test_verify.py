@@ -149,6 +149,7 @@ def test_its_reading_of_the_format_is_the_writers(rows: int, columns: int, bits:
     assert (np.abs(decoded.weights - weights) <= 0.56 * decoded.steps).all()
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("bits,dense_bits", [(16, 16), (8, 4), (4, 8)])
 def test_a_store_is_what_its_checkpoint_rounds_to(bits: int, dense_bits: int, tmp_path: Path) -> None:
     pack(embedded.path(), tmp_path / "store", bits=bits, dense_bits=dense_bits)

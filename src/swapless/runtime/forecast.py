@@ -78,7 +78,7 @@ _trials: dict[tuple[Any, ...], _Trial] = {}
 
 
 def _tried(opened: OpenCheckpoint, context_tokens: int, attn_implementation: str | None, most_bytes: int) -> _Trial:
-    with _looking_at_new_objects(), foreign_errors("The model does not run with this configuration.", opened.folder):
+    with _no_old_garbage(), foreign_errors("The model does not run with this configuration.", opened.folder):
         model = hollow_model(opened, attn_implementation)
         part_heads(model)
         if attn_implementation is None and opened.rounded:
@@ -87,22 +87,25 @@ def _tried(opened: OpenCheckpoint, context_tokens: int, attn_implementation: str
         needs = rehearse(model, opened.layout.moe_layers, dry.cache, context_tokens, min(most_bytes, available_bytes()))
         modules = sum(1 for _ in model.modules())
         del model
-        gc.collect()
     give_back()
     return _Trial(needs, dry.top_k, modules)
 
 
 @contextmanager
-def _looking_at_new_objects() -> Iterator[None]:
-    """Garbage is only looked for among what is made from now on: all objects of torch and transformers take half a second."""
-    ours = gc.get_freeze_count() == 0
-    if ours:
-        gc.freeze()
+def _no_old_garbage() -> Iterator[None]:
+    """Garbage is only looked for among what is made from now on: all objects of torch and transformers take half a second.
+
+    Young objects grow old by collections alone, so there are none but our own. A full collection of few objects, the others
+    frozen, would be the worst: the interpreter takes its count for that of all objects, and collects them all ever so often.
+    """
+    ours = gc.isenabled()
+    gc.disable()
     try:
         yield
     finally:
+        gc.collect(1)
         if ours:
-            gc.unfreeze()
+            gc.enable()
 
 
 def _matrices(opened: OpenCheckpoint) -> list[TensorRef]:

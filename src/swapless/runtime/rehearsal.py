@@ -107,7 +107,7 @@ def _tried(model: Any, begin: Callable[[], None], cache: CacheSize, context_toke
 
     lengths = _lengths(context_tokens)
     torch.zeros(torch.get_num_threads() << 15, dtype=torch.uint8).add_(1)  # no thread could start for want of memory later
-    gc.collect()
+    gc.collect(0)
     pages_of_their_own(True)
     try:
         call(min(lengths[0], context_tokens), **last_only)  # the first call makes what others find
