@@ -23,10 +23,10 @@ demo: $(VENV)/.runs ## Let the embedded model write at three cache sizes.
 	@$(BIN)/swapless demo
 
 test: $(VENV)/.ready ## The fast tests: nothing from outside the repository.
-	$(BIN)/python -m pytest -n $(JOBS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 test-numeric: $(VENV)/.ready ## The fast tests of what must not depend on the machine: OPENBLAS_CORETYPE=Haswell make test-numeric.
-	$(BIN)/python -m pytest -n $(JOBS) tests/predict tests/locality tests/cache tests/trace
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal tests/predict tests/locality tests/cache tests/trace
 
 test-slow: $(VENV)/.ready ## The slow ones: family sweep, memory cgroup, wheel, browser.
 	$(BIN)/python -m pytest -m "slow and not data"

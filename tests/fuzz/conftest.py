@@ -6,7 +6,6 @@ from typing import Any
 
 from tests.fuzz.figures import lines
 
-
 collect_ignore = ["warm.py"]  # importing it compiles kernels
 
 
