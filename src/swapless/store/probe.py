@@ -28,7 +28,7 @@ HELD_BYTES = 64 << 20
 """Memory that reads go to in turn."""
 
 _MOST_PLACES = 256
-_MOST_ROUNDS = 64
+_LEAST_ROUNDS, _MOST_ROUNDS = 2, 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,7 +64,7 @@ def probe(
     budget_s: float = 0.4,
     seed: int = 0,
 ) -> Probe:
-    """Time reads of ``extents`` (the ranges of real experts) for about ``budget_s`` seconds.
+    """Time reads of ``extents`` (the ranges of real experts) for about ``budget_s`` seconds, or about once each.
 
     Parameters
     ----------
@@ -95,8 +95,10 @@ def probe(
         depth: [itertools.cycle(places[i : i + 1] if copied else places[i::depth]) for i in range(depth)] for depth in DEPTHS
     }
     nbytes, seconds = dict.fromkeys(DEPTHS, 0), dict.fromkeys(DEPTHS, 0.0)
-    for number in range(_MOST_ROUNDS):  # in turns: a disk that drifts meanwhile drifts for all
-        if number >= 2 and sum(seconds.values()) >= budget_s:
+    # None is read again and again: of a small store that would tell how fast the host's memory is.
+    rounds = min(_MOST_ROUNDS, max(_LEAST_ROUNDS, len(order) // (2 * sum(DEPTHS))))
+    for number in range(rounds):  # in turns: a disk that drifts meanwhile drifts for all
+        if number >= _LEAST_ROUNDS and sum(seconds.values()) >= budget_s:
             break
         for depth in DEPTHS:
             read_bytes, spent = _timed(reader, [next(batches) for _ in range(depth * 2)], turns[depth])
