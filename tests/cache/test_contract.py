@@ -16,7 +16,7 @@ from tests.cache.twins import TWINS, slow_hits
 
 NAMES = POLICIES.names()
 # A policy takes longer to compile than to test: these are tested every time, the others with `make test-slow`.
-EVERY_TIME = {"lru", "next_use"}
+EVERY_TIME = {"lru"}
 POOLS = [("layer", 3), ("shared", 9), ("shared", 4), ("floor", 9)]
 
 

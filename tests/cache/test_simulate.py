@@ -96,6 +96,7 @@ def test_reading_ahead_stands_beside_not_reading_ahead(file, predictor, tmp_path
         assert row["requests"] - row["hits"] == row["demand_reads"] + row["prefetch_useful"] + row["prefetch_late"]
 
 
+@pytest.mark.slow
 def test_the_clairvoyant_bounds_and_the_words_say_where_it_loses(file, predictor, tmp_path):
     page = tmp_path / "page.html"
     given = (file, "--policy", "lru", "--capacity", "0.5,0.75", "--device", "SATA", "--lead", "token")

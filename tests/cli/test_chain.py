@@ -59,6 +59,7 @@ def test_simulate_times_it_on_a_device(recorded, swapless):
     assert all(row["tokens_per_s"] > 0 and row["floor_s_per_token"] >= 0 for row in rows)
 
 
+@pytest.mark.slow
 def test_a_packed_store_is_recorded_with_its_own_bytes(checkpoint, recorded, tmp_path, swapless):
     assert swapless("pack", checkpoint, "--out", tmp_path / "packed", "--bits", 4).exit_code == 0
     (tmp_path / "text.txt").write_text(TEXT)

@@ -43,6 +43,7 @@ def recorded(request, checkpoint, tmp_path_factory):
     return folder / "t.parquet", trace, request.param
 
 
+@pytest.mark.few(1)
 def test_rows_phases_and_columns(recorded):
     path, trace, scores = recorded
     assert (trace.num_documents, trace.domains) == (4, ("tale", "maths"))

@@ -50,6 +50,7 @@ def test_a_state_of_another_batch_is_refused():
         mean_of_slots(torch.zeros(2, 6, 4), np.zeros((2, 5), np.int64), {}, "mean")
 
 
+@pytest.mark.slow
 def test_a_cache_of_a_model_with_more_experts_is_refused():
     model = build("theme-gate")
     cache = OracleCache(model.config)

@@ -40,6 +40,7 @@ def test_a_table_and_what_to_type(checkpoint: Path, kept_machine: Path) -> None:
     assert f"  swapless run {checkpoint} --memory 600MiB --prompt ..." in lines
 
 
+@pytest.mark.slow
 def test_json_is_one_document(checkpoint: Path, kept_machine: Path, trace: Path) -> None:
     done = swapless("plan", checkpoint, "--memory", "600MiB", "--trace", trace, "--context", 128, "--json")
     assert done.exit_code == 0, done.output

@@ -63,6 +63,7 @@ def test_a_step_runs_the_engine_and_counts_the_linear_layers(opened: Any) -> Non
     assert all(linear.inputs == 192 for linear in step.linears if not linear.path.endswith("o_proj"))
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("bits", [16, 8, 4])
 def test_products_are_timed_in_every_precision(bits: int, opened: Any) -> None:
     from swapless.plan.precision import as_packed

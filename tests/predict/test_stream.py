@@ -170,6 +170,7 @@ def test_the_others_are_refused_with_the_names_of_those_that_can(kind):
         open_stream(predictor)
 
 
+@pytest.mark.slow
 def test_the_published_encoder_is_asked_as_it_was_trained():
     """Torch's own encoder against the loops that share no code with it."""
     predictor = make_predictor("paper", epochs=6, width=16, depth=2, heads=2, learning_rate=0.02).fit(made_trace())

@@ -56,6 +56,7 @@ def test_a_mask_of_each_head_and_many_rows_are_left_to_transformers() -> None:
     assert torch.equal(*both(4, step(8, 4, 32, 32, rows=5), None))
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("bits", [16, 8])
 def test_only_rounded_stores_take_it_by_themselves(tmp_path: Path, bits: int) -> None:
     pack(embedded.path(), tmp_path / "store", bits=bits)

@@ -62,6 +62,7 @@ def assert_product(got: torch.Tensor, x: torch.Tensor, weights: np.ndarray) -> N
     assert ((got - expected).abs() <= BOUND * scale + 1e-30).all()
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize(("bits", "group"), PRECISIONS)
 @pytest.mark.parametrize(("rows", "columns"), SHAPES)
 def test_one_prepared_row_is_the_same_bit_for_bit(bits: int, group: int, rows: int, columns: int) -> None:

@@ -108,6 +108,7 @@ CHANGES: dict[str, Callable[[Path], object]] = {
 }
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("change", CHANGES)
 def test_no_verb_computes_with_changed_bytes(change: str, tmp_path: Path) -> None:
     from typer.testing import CliRunner

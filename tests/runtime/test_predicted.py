@@ -207,6 +207,7 @@ def walk(lookahead, trace, rows, phase, *, ask=True, layers=None, document=0):
     return said
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("kind", STREAMS.names())
 def test_what_nobody_asked_for_is_made_up_for(kind):
     options = {"sizes": SMALL, "epochs": 3, "batch_tokens": 32} if kind == "transformer" else {}
@@ -240,6 +241,7 @@ def test_a_block_on_other_rows_ends_following_and_nothing_else():
     assert walk(lookahead, trace, [1], Phase.DECODE)[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prefetch", ["gate", "saved"])
 def test_drafts_and_beams_are_followed_as_far_as_they_go(prefetch, saved, load, tokenizer):
     """Steps of several tokens, some of them taken back, and sequences that change places."""

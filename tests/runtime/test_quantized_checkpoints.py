@@ -158,6 +158,7 @@ def test_verify_holds_it_against_transformers(quantized: Path) -> None:
     assert len(layers) == 2 and all(layer.identical and layer.experts_compared == 4 for layer in layers)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("bits,bound", [(16, 0.0), (8, 0.03), (4, 0.4)])
 def test_it_is_packed(
     bits: int, bound: float, quantized: Path, ids: torch.Tensor, load: Any, eager: Any, tmp_path: Path

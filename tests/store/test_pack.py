@@ -317,7 +317,7 @@ def test_what_does_not_belong_is_refused(own: Path, damage, error, words: str) -
 
 @pytest.mark.few(1)
 @pytest.mark.parametrize(
-    "expert_bytes,block_bytes,at_once", [(32 << 20, 32 << 20, 2), (32 << 20, 8 << 20, 3), (BLOCK_BYTES, BLOCK_BYTES, 4)]
+    "expert_bytes,block_bytes,at_once", [(BLOCK_BYTES, BLOCK_BYTES, 4), (32 << 20, 8 << 20, 3), (32 << 20, 32 << 20, 2)]
 )
 def test_never_more_than_four_experts_in_memory(expert_bytes: int, block_bytes: int, at_once: int, tmp_path: Path) -> None:
     buffers: dict[int, int] = {}
