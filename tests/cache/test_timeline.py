@@ -35,6 +35,7 @@ def one_token(trace):
     return trace.rows(slice(0, 1))
 
 
+@pytest.mark.slow
 def test_a_link_that_costs_nothing_leaves_compute(trace):
     found = timeline(trace, "lru", 3, device(bytes_per_s=1e30), block=BLOCK, expert_bytes=4)
     assert found.seconds == pytest.approx(len(trace) * 3 * (2 + 1 + 2 * 0.5))

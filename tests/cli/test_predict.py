@@ -32,6 +32,7 @@ def prior(traced, tmp_path, swapless):
     return path
 
 
+@pytest.mark.slow
 def test_train_and_measure_the_learned_one(traced, tmp_path, swapless):
     out, page = tmp_path / "learned", tmp_path / "page.html"
     arguments = ("predict", "train", traced / "train.parquet", "--out", out, "--epochs", 2, "--json", *TINY)

@@ -70,6 +70,7 @@ def test_the_largest_threshold_that_leaves_few_groups():
     assert largest_threshold(counts, np.array([0.1, 0.2, 0.3]), 0.5) == 0.1
 
 
+@pytest.mark.slow
 @given(SEEDS, st.integers(1, 12), st.sampled_from((1.0, 0.8)))
 @settings(max_examples=40, deadline=None)
 def test_running_means_equal_their_twin_whole_and_token_by_token(seed, tokens, decay):

@@ -33,6 +33,7 @@ def made(layers: int, experts: int, top_k: int, tokens: int, *, none: bool = Fal
     return Trace.from_arrays(header, expert_ids=ids, token_id=np.arange(tokens) % 2, phase="decode")
 
 
+@pytest.mark.few(12)
 @pytest.mark.parametrize("none", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("kind", [Popularity, PreviousToken, TokenPrior, Eam])

@@ -105,6 +105,7 @@ def test_several_experts_at_once(bits: int, group: int) -> None:
         assert_product(y, x, m.weights)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("bits,group", PRECISIONS)
 def test_rounding_inputs_costs_what_it_may(bits: int, group: int) -> None:
     m = matrix(96, 300, bits, group)

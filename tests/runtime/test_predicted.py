@@ -75,6 +75,7 @@ def written(model, tokenizer, texts=(PROMPT,)):
     return out.sequences, torch.stack(out.logits)
 
 
+@pytest.mark.slow
 def test_the_same_bits_and_what_it_foresaw(saved, load, tokenizer):
     without = load(embedded.path(), resident=0.25, context=128)
     ahead = load(embedded.path(), resident=0.25, context=128, prefetch=saved)

@@ -70,6 +70,7 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
 FEW = [pytest.param(damage, marks=() if number % 4 == 0 else pytest.mark.slow) for number, damage in enumerate(DAMAGE)]
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("damage", FEW)
 def test_what_was_changed_meanwhile_is_written_again(damage: str, all_rounded: Path, tmp_path: Path) -> None:
     folder = stopped(tmp_path / "store")
