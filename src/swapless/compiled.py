@@ -38,9 +38,11 @@ def kernel(**options: Any) -> Callable[[Function], Function]:
         As :func:`numba.njit` has them.
     """
 
+    # Numba would make an entry for callers in C of each, a tenth of the time that compiling takes: see CFunction.
+    asked: dict[str, Any] = {"nogil": True, "no_cfunc_wrapper": True} | options
+
     def wrap(function: Function) -> Function:
-        # Numba would make an entry for callers in C of each, a tenth of the time that compiling takes: see CFunction.
-        compiled: Any = njit(nogil=True, no_cfunc_wrapper=True, **options)(function)
+        compiled: Any = njit(**asked)(function)
         if compiled is not function:  # with NUMBA_DISABLE_JIT it stays Python
             compiled._cache = Kept(function, compiled.targetoptions)
         return compiled
