@@ -16,7 +16,7 @@ import pytest
 
 COMMAND = [sys.executable, "-c", "from swapless.cli.main import main; main()"]
 PATIENCE_S = 300
-AGAIN_S = 5
+AGAIN_S = 1
 
 
 class Terminal:

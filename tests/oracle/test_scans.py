@@ -85,6 +85,7 @@ def test_running_means_equal_their_twin_whole_and_token_by_token(seed, tokens, d
     assert torch.equal(torch.cat(steps, dim=1), whole)
 
 
+@pytest.mark.slow
 def test_the_gradient_of_running_means():
     rng = np.random.default_rng(3)
     h = torch.from_numpy(rng.normal(size=(2, 7, 3)).astype(np.float32)).requires_grad_()

@@ -19,6 +19,7 @@ def costs(**figures) -> Costs:
     return Costs(**given | {"read_bytes": 4, "parts": 1, "bytes_per_s": {1: 2.0}} | figures)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bytes_per_s", [0.5, 2.0, 4.0, 100.0])
 def test_a_replay_s_misses_take_what_the_timeline_says(bytes_per_s):
     trace = made_trace(scores=False)

@@ -124,6 +124,7 @@ def test_a_batch_is_followed_row_by_row(saved, load, tokenizer):
     assert alone.keys() == set(range(1, LAYERS_AHEAD + 1)) and min(alone.values()) > 0.2
 
 
+@pytest.mark.slow
 def test_its_memory_is_in_the_budget(saved, load):
     model = load(embedded.path(), resident=0.25, context=128, prefetch=saved)
     budget = model.swapless.budget
