@@ -133,6 +133,8 @@ class MemoryMeter:
     ----------
     source : str
         As above.
+    files_count : bool
+        Whether what the group is charged for files counts in what is held; the peak holds it always.
     blind : bool
         Whether the kernel's mark says nothing of what came after it: then a peak is only seen by looking.
     """
@@ -146,6 +148,7 @@ class MemoryMeter:
         self._peak = self._most_anonymous = 0
         self._mark = self._status.high_water()
         self._beside = 0  # what the group is charged beside our anonymous memory
+        self.files_count = True
         if self._cgroup:
             self._beside = max(0, self._cgroup.used_bytes() - self.anonymous_bytes())
         _meters.add(self)
@@ -154,7 +157,7 @@ class MemoryMeter:
     def now_bytes(self) -> int:
         """What counts against the budget now."""
         anonymous = self.anonymous_bytes()
-        return max(anonymous, self._cgroup.used_bytes()) if self._cgroup else anonymous
+        return max(anonymous, self._cgroup.used_bytes()) if self._cgroup and self.files_count else anonymous
 
     def base_bytes(self) -> int:
         """The same, with what the kernel holds for any process even where no cgroup counts it: alike in both cases."""
@@ -170,9 +173,17 @@ class MemoryMeter:
         self.sample()
         return self._most_anonymous + max(self._beside, KERNEL_BYTES)
 
+    def leave_files(self) -> None:
+        """From now on, files that the group is charged for are the kernel's to drop: near the smallest budget it will have to.
+
+        What a process maps of its libraries is charged to whoever read it first, and grows with what the group may hold. It is
+        no part of the smallest budget, which would be another one everywhere.
+        """
+        self.files_count, self._beside = False, 0
+
     def settle(self) -> None:
         """What is charged beside anonymous memory now is there to stay."""
-        if self._cgroup:
+        if self._cgroup and self.files_count:
             self._beside = max(0, self._cgroup.used_bytes() - self.anonymous_bytes())
 
     def begin(self) -> None:

@@ -216,25 +216,27 @@ def _load(
         "code": min(dropped_bytes, CODE_BYTES),
     }
     come = parts_to_come(opened, chosen, found, context_tokens, max(DEPTHS) * store.bounce_bytes)
-    least_bytes = max(meter.anonymous_peak_bytes(), sum(fixed.values()) + found.converting_bytes)
-    hoped: Budget | None = None
-    divide = partial(
-        plan_budget,
-        total_bytes=total_bytes,
-        resident_share=share,
-        prompt_bytes=found.needs.prompt_bytes,
-        least_bytes=least_bytes,
-        **shape,
-    )
+    divide = partial(plan_budget, total_bytes=total_bytes, resident_share=share, prompt_bytes=found.needs.prompt_bytes, **shape)
+
+    def hope(slack_bytes: int = SLACK_BYTES) -> Budget:
+        least_bytes = max(meter.anonymous_peak_bytes(), sum(fixed.values()) + found.converting_bytes)
+        return divide(fixed_parts=fixed | come | {"slack": slack_bytes}, least_bytes=least_bytes)
+
     # The smallest budget is this one, whatever is found out later: refused here or not at all.
+    hoped: Budget | None = None
     try:
-        hoped = divide(fixed_parts=fixed | come)
+        hoped = hope()
     except BudgetError:
-        # The same floor as another process named, but for what measurements differ by.
-        with suppress(BudgetError):
-            hoped = divide(fixed_parts=fixed | come | {"slack": SLACK_BYTES - _DIFFER_BYTES})
-        if hoped is None:
-            raise
+        meter.leave_files()
+        fixed |= {"base": meter.base_bytes() - read_bytes, "code": 0}
+        try:
+            hoped = hope()
+        except BudgetError:
+            # The same floor as another process named, but for what measurements differ by.
+            with suppress(BudgetError):
+                hoped = hope(SLACK_BYTES - _DIFFER_BYTES)
+            if hoped is None:
+                raise
 
     report("loading non-expert weights", 0.1)
     model = _load_non_experts(opened, attn_implementation, when)
@@ -247,14 +249,16 @@ def _load(
         fixed["prediction"] += max(0, meter.now_bytes() - before_bytes)
     held_bytes = min(HELD_BYTES, hoped.slots * hoped.slot_bytes // 2)  # no more than slots take later
     measured = probe(store.reader, sample_extents(store, layers), copied=store.bounce_bytes > 0, held_bytes=held_bytes)
-    fixed["code"] = min(dropped_bytes + drop_unused_cache(), CODE_BYTES)
+    dropped_bytes += drop_unused_cache()
+    fixed["code"] = min(dropped_bytes, CODE_BYTES) if meter.files_count else 0
     give_back()
     meter.settle()
     there = fixed["base"] + fixed["non_expert"] + fixed["prediction"] - lookahead_bytes
     fixed["loading"] = max(0, meter.base_bytes() - there)
     come["io_buffers"] = measured.depth * store.bounce_bytes
     come["slack"] = max(0, hoped.parts["slack"] - max(0, fixed["loading"] - found.loading_bytes))
-    budget = divide(fixed_parts={name: size for name, size in (fixed | come).items() if size or name not in _SELDOM})
+    parts = {name: size for name, size in (fixed | come).items() if size or name not in _SELDOM}
+    budget = divide(fixed_parts=parts, least_bytes=min(hoped.floor_bytes, hoped.total_bytes))
     budget = replace(
         budget, floor_bytes=hoped.floor_bytes, warnings=(*budget.warnings, *opened.notes, *(ahead.notes if ahead else ()))
     )
