@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+
+
+@pytest.fixture(autouse=True)
+def logging_is_free() -> Iterator[None]:
+    """An interrupt between taking the lock of ``logging`` and giving it back would have all other threads wait for ever."""
+    yield
+    lock: Any = logging._lock
+    while lock._is_owned():
+        lock.release()
 
 
 class Shape(NamedTuple):

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from swapless.runtime.door import IMPLEMENTATION, skeleton, strip_experts
+from swapless.runtime.door import IMPLEMENTATION, float32_tensors, skeleton, strip_experts
 from swapless.runtime.open import OpenCheckpoint
 
 
@@ -29,15 +29,17 @@ def hollow_model(opened: OpenCheckpoint, attn_implementation: str | None = None)
     model: Any = skeleton(opened.cls, config, dtype)
     strip_experts(model)
     model.set_experts_implementation(IMPLEMENTATION)
-    for module in model.modules():
+    kept = float32_tensors(model, dtype)
+    for path, module in model.named_modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
-                zeros = _zeros(parameter, dtype)
+                zeros = _zeros(parameter, torch.float32 if f"{path}.{name}" in kept else dtype)
                 module._parameters[name] = torch.nn.Parameter(zeros, requires_grad=parameter.requires_grad)  # products go by it
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 # A buffer may be written to, so it has memory of its own.
-                module._buffers[name] = torch.zeros(buffer.shape, dtype=buffer.dtype)
+                kind = torch.float32 if f"{path}.{name}" in kept else buffer.dtype
+                module._buffers[name] = torch.zeros(buffer.shape, dtype=kind)
         # Not where a family's own class computes something else, as phimoe's router does, which calls itself a linear layer.
         forward = type(module).forward
         if forward is torch.nn.Linear.forward:

@@ -25,6 +25,7 @@ from swapless.runtime.door.match import checkpoint_layout, expert_parameters, is
 from swapless.runtime.door.model import (
     IMPLEMENTATION,
     experts_of,
+    float32_tensors,
     load_non_experts,
     model_class,
     skeleton,
@@ -58,6 +59,7 @@ __all__ = [
     "expert_parameters",
     "expert_pieces",
     "experts_of",
+    "float32_tensors",
     "foreign",
     "foreign_errors",
     "generation_config",

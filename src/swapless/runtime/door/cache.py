@@ -48,7 +48,7 @@ def _in_place(own: _Update) -> _Update:
 def _appended(layer: Any, name: str, new: torch.Tensor) -> torch.Tensor:
     held: torch.Tensor = getattr(layer, name)
     room: _Room | None = layer.__dict__.get(f"_room_of_{name}")
-    tokens = held.shape[-2] if held.numel() else 0
+    tokens = held.shape[-2] if held.ndim > 1 else 0  # a layer begins with no axes; keys of width 0 have tokens
     total = tokens + new.shape[-2]
     buffer = None if room is None else room.buffer
     if (

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any, final
 
 import torch
 import transformers
 from transformers import PreTrainedModel
+from transformers.core_model_loading import build_glob_alternation
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
@@ -73,6 +75,16 @@ def skeleton(cls: type[PreTrainedModel], config: Any, dtype: torch.dtype = torch
             return cls(config)
     finally:
         torch.set_default_dtype(before)
+
+
+def float32_tensors(model: PreTrainedModel, dtype: torch.dtype) -> set[str]:
+    """Parameters and buffers of ``model`` that transformers keeps in float32 where the model is loaded in ``dtype``."""
+    plan = model._get_dtype_plan(dtype)
+    if not plan:
+        return set()
+    asked, _, _ = build_glob_alternation(list(plan))
+    tensors = itertools.chain(model.named_parameters(), model.named_buffers())
+    return {name for name, tensor in tensors if tensor.is_floating_point() and asked.search(name)}
 
 
 @final
