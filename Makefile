@@ -29,7 +29,7 @@ test-numeric: $(VENV)/.ready ## The fast tests of what must not depend on the ma
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal tests/predict tests/locality tests/cache tests/trace
 
 test-slow: $(VENV)/.ready ## The slow ones: family sweep, memory cgroup, wheel, browser.
-	$(BIN)/python -m pytest -m "slow and not data"
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "slow and not data"
 
 test-data: $(VENV)/.ready ## The checks on the handed traces and texts: make test-data DATA=DIR.
 	$(BIN)/python -m pytest -m data --data="$(DATA)"
