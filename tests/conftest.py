@@ -26,7 +26,7 @@ def pytest_configure() -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup() -> None:
-    """Training lets oneDNN keep a thousand products for the rest of its process, and budgets count them: not in the next test."""
+    """Training lets oneDNN keep a thousand products for the rest of its process, which budgets count: not in the next test."""
     for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
         if os.environ.get(name) == "1024":
             os.environ[name] = "64"
