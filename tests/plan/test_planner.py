@@ -69,7 +69,8 @@ def test_the_lossless_line_has_the_slots_that_load_gives(opened: Any, checkpoint
         own = model.swapless.budget
         depth = model.swapless.probe.depth
     machine = made_machine(base_bytes=own.parts["base"], loading_bytes=own.parts["loading"] - _TENSOR_BYTES * len(opened.refs))
-    memory = own.total_bytes - own.parts["prompt"]  # which slots lend under a cap, and a share has beside them
+    # Without the prompt's part, which slots lend under a cap and a share has beside them; a total may be more than its parts.
+    memory = sum(own.parts.values()) - own.parts["prompt"]
     found = planned(opened, memory, machine=machine, precisions=[(16, 16)]).lossless
     same = ("base", "non_expert", "loading", "kv_cache", "activations", "policy", "slack", "staging", "ahead")
     assert {name: found.budget.parts[name] for name in same} == {name: own.parts[name] for name in same}
