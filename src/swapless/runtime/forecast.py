@@ -99,13 +99,15 @@ def _no_old_garbage() -> Iterator[None]:
     frozen, would be the worst: the interpreter takes its count for that of all objects, and collects them all ever so often.
     """
     ours = gc.isenabled()
-    gc.disable()
     try:
+        gc.disable()
         yield
     finally:
-        gc.collect(1)
-        if ours:
-            gc.enable()
+        try:
+            gc.collect(1)
+        finally:
+            if ours:
+                gc.enable()
 
 
 def _matrices(opened: OpenCheckpoint) -> list[TensorRef]:

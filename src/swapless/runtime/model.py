@@ -312,10 +312,12 @@ def _load_non_experts(opened: OpenCheckpoint, attn_implementation: str | None, c
         tensors.check()
         raise
     finally:
-        reader.close()
-        transformers_logging.set_verbosity(verbosity)
-        if bars:
-            transformers_logging.enable_progress_bar()
+        try:
+            if bars:
+                transformers_logging.enable_progress_bar()
+            transformers_logging.set_verbosity(verbosity)
+        finally:
+            reader.close()
     if wrong:
         raise CheckpointCorruptError(
             message(
