@@ -131,7 +131,7 @@ def test_its_memory_is_in_the_budget(saved, load):
     growth_bytes = open_stream(load_predictor(saved)).growth_bytes(128)
     assert (growth_bytes > 0) == (saved.name != "linear")
     assert budget.parts["prediction"] >= growth_bytes and budget.parts["ahead"] == LAYERS_AHEAD * 2 * budget.slot_bytes
-    assert sum(budget.parts.values()) <= budget.total_bytes
+    assert budget.total_bytes == max(sum(budget.parts.values()), budget.floor_bytes)  # loading itself may have held more
 
 
 # -- whose predictors are refused --------------------------------------------------------------------------------------

@@ -258,7 +258,7 @@ def _load(
     come["io_buffers"] = measured.depth * store.bounce_bytes
     come["slack"] = max(0, hoped.parts["slack"] - max(0, fixed["loading"] - found.loading_bytes))
     parts = {name: size for name, size in (fixed | come).items() if size or name not in _SELDOM}
-    budget = divide(fixed_parts=parts, least_bytes=min(hoped.floor_bytes, hoped.total_bytes))
+    budget = divide(fixed_parts=parts, least_bytes=hoped.floor_bytes)
     budget = replace(
         budget, floor_bytes=hoped.floor_bytes, warnings=(*budget.warnings, *opened.notes, *(ahead.notes if ahead else ()))
     )
