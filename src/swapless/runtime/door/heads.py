@@ -8,7 +8,7 @@ the family's own function and with the same products, of the same shape: at one 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from types import FunctionType, MethodType
 from typing import Any
@@ -24,29 +24,26 @@ _PER_HEAD = ("position_bias",)
 """Arguments (batch or 1, heads or 1, queries, keys) beside the mask."""
 
 _whole: ContextVar[bool] = ContextVar("swapless_whole_attention", default=False)
-
-
 _most: ContextVar[bool] = ContextVar("swapless_most_heads", default=False)
 
 
 @contextmanager
-def most_heads() -> Iterator[None]:
+def _on(switch: ContextVar[bool]) -> Iterator[None]:
+    token = switch.set(True)
+    try:
+        yield
+    finally:
+        switch.reset(token)
+
+
+def most_heads() -> AbstractContextManager[None]:
     """Parts are a little too large for as long as it is open, so that no shorter prompt's are larger."""
-    token = _most.set(True)
-    try:
-        yield
-    finally:
-        _most.reset(token)
+    return _on(_most)
 
 
-@contextmanager
-def whole_attention() -> Iterator[None]:
+def whole_attention() -> AbstractContextManager[None]:
     """All heads at once for as long as it is open: whoever wants the attention weights gets them."""
-    token = _whole.set(True)
-    try:
-        yield
-    finally:
-        _whole.reset(token)
+    return _on(_whole)
 
 
 def part_heads(model: PreTrainedModel) -> None:
@@ -97,7 +94,8 @@ def _in_parts(eager: Callable[..., Any]) -> Callable[..., Any]:
         if batch * heads * one <= PART_BYTES or rows == 1 or _whole.get() or not _parts(module, heads, per_head, kwargs):
             return eager(module, query, key, value, attention_mask, *args, **kwargs)
         together = heads // key.shape[1]
-        at_once = _together(max(1, -(-PART_BYTES // one) if _most.get() else PART_BYTES // one), together, more=_most.get())
+        more = _most.get()
+        at_once = _together(max(1, -(-PART_BYTES // one) if more else PART_BYTES // one), together, more=more)
         out: torch.Tensor | None = None
         for sequence in range(batch):
             for first in range(0, heads, at_once):
