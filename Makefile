@@ -6,6 +6,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 JOBS ?= 2
 DATA ?= ../shared/data
+WORKERS := -n $(JOBS) --dist worksteal
 INSTALL := PIP_CONSTRAINT=constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet
 
 # What the tests import is compiled once, and not anew by every process that they begin.
@@ -23,13 +24,13 @@ demo: $(VENV)/.runs ## Let the embedded model write at three cache sizes.
 	@$(BIN)/swapless demo
 
 test: $(VENV)/.ready ## The fast tests: nothing from outside the repository.
-	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+	$(BIN)/python -m pytest $(WORKERS)
 
 test-numeric: $(VENV)/.ready ## The fast tests of what must not depend on the machine: OPENBLAS_CORETYPE=Haswell make test-numeric.
-	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal tests/predict tests/locality tests/cache tests/trace
+	$(BIN)/python -m pytest $(WORKERS) tests/predict tests/locality tests/cache tests/trace
 
 test-slow: $(VENV)/.ready ## The slow ones: family sweep, memory cgroup, wheel, browser.
-	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "slow and not data"
+	$(BIN)/python -m pytest $(WORKERS) -m "slow and not data"
 
 test-data: $(VENV)/.ready ## The checks on the handed traces and texts: make test-data DATA=DIR.
 	$(BIN)/python -m pytest -m data --data="$(DATA)"

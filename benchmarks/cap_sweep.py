@@ -337,7 +337,7 @@ def sweep(asked: argparse.Namespace) -> int:
     kept = Kept(asked.folder / "runs.jsonl", asked.stop_after)
     wanted = list(cases(asked))
     names = [case.named() for case in wanted]
-    done = [row for row in kept.runs if {key: row[key] for key in names[0]} in names]
+    done = [row for row in kept.runs if {name: row[name] for name in names[0]} in names]
     missing = [case for case, name in zip(wanted, names, strict=True) if not any(name.items() <= row.items() for row in done)]
     began, number = time.monotonic(), 0
     for family in dict.fromkeys(case.family for case in missing):

@@ -58,7 +58,7 @@ def no_lines_of_progress() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def roomy() -> str:
+def ample_memory() -> str:
     """A budget for ``--memory`` with room for the embedded model, however large the tests before made this process.
 
     What a process holds already counts in the budget, and a worker that has run a thousand tests holds more than 1 GiB.

@@ -16,7 +16,7 @@ TEXT = "The cat sat on the mat. The cat saw the dog. The dog saw the cat. The ca
 
 
 @pytest.fixture(scope="module")
-def recorded(checkpoint, tmp_path_factory, roomy):
+def recorded(checkpoint, tmp_path_factory, ample_memory):
     """A trace as ``swapless record CHECKPOINT --text FILE --out T.parquet`` makes it."""
     from typer.testing import CliRunner
 
@@ -24,7 +24,7 @@ def recorded(checkpoint, tmp_path_factory, roomy):
 
     folder = tmp_path_factory.mktemp("chain")
     (folder / "text.txt").write_text(TEXT)
-    arguments = ["record", checkpoint, "--text", folder / "text.txt", "--out", folder / "t.parquet", "--memory", roomy]
+    arguments = ["record", checkpoint, "--text", folder / "text.txt", "--out", folder / "t.parquet", "--memory", ample_memory]
     done = CliRunner().invoke(app, [str(argument) for argument in arguments])
     assert done.exit_code == 0, done.stderr
     return folder / "t.parquet"

@@ -41,7 +41,7 @@ class Terminal:
     def until(self, words: str, again: str = "") -> str:
         """Read until ``words`` come after what was read up to before; returns what came.
 
-        ``again`` is pressed once more every few seconds until then. A Ctrl-C in the instant between Python's own look at
+        ``again`` is pressed once more every second until then. A Ctrl-C in the instant between Python's own look at
         signals and its wait for a key is only seen with the next key, at every prompt of Python's; a person presses again.
         """
         end, press = time.monotonic() + PATIENCE_S, time.monotonic() + AGAIN_S

@@ -151,11 +151,11 @@ def test_json_is_one_document_with_every_field(run, reference, checkpoint):
     assert shown["new_tokens"] <= 12
 
 
-def test_a_budget_in_bytes_is_kept(run, roomy):
-    done = run("--prompt", PROMPT, "--json", residency=("--memory", roomy))
+def test_a_budget_in_bytes_is_kept(run, ample_memory):
+    done = run("--prompt", PROMPT, "--json", residency=("--memory", ample_memory))
     assert done.exit_code == 0, done.stderr
     shown = json.loads(done.stdout)
-    assert shown["memory_budget_bytes"] == int(roomy.removesuffix("MiB")) * 2**20
+    assert shown["memory_budget_bytes"] == int(ample_memory.removesuffix("MiB")) * 2**20
     assert shown["hit_rate"] > 0
 
 

@@ -71,23 +71,23 @@ def test_info_of_something_else(swapless, tmp_path, make):
     assert done.exit_code == 1 and done.stderr.startswith("Error: ") and str(path) in done.stderr
 
 
-def test_verify_compares_every_layer(swapless, checkpoint, roomy):
-    done = swapless("verify", checkpoint, "--memory", roomy, "--json")
+def test_verify_compares_every_layer(swapless, checkpoint, ample_memory):
+    done = swapless("verify", checkpoint, "--memory", ample_memory, "--json")
     assert done.exit_code == 0, done.stderr
     shown = json.loads(done.stdout)
     assert shown["identical"] and [layer["moe_layer"] for layer in shown["layers"]] == list(range(6))
     assert all(layer["max_abs_difference"] == 0 and layer["experts_compared"] > 0 for layer in shown["layers"])
 
 
-def test_verify_exits_with_1_on_any_difference(swapless, checkpoint, monkeypatch, roomy):
+def test_verify_exits_with_1_on_any_difference(swapless, checkpoint, monkeypatch, ample_memory):
     from swapless import runtime
 
-    layers = list(runtime.verify(checkpoint, memory=roomy))
+    layers = list(runtime.verify(checkpoint, memory=ample_memory))
     from dataclasses import replace
 
     layers[2] = replace(layers[2], identical=False, max_abs_difference=1e-3)
     monkeypatch.setattr(runtime, "verify", lambda *_, **__: iter(layers), raising=False)
-    done = swapless("verify", checkpoint, "--memory", roomy)
+    done = swapless("verify", checkpoint, "--memory", ample_memory)
     assert done.exit_code == 1
     assert "DIFFERENT, by up to 0.001" in done.stdout and "MoE layer 2" in done.stderr
 

@@ -116,7 +116,7 @@ def verbs(tmp_path: Path) -> Any:
     return call
 
 
-def test_the_verb(verbs: Any, tmp_path: Path, roomy: str) -> None:
+def test_the_verb(verbs: Any, tmp_path: Path, ample_memory: str) -> None:
     import hashlib
     import json
 
@@ -127,7 +127,7 @@ def test_the_verb(verbs: Any, tmp_path: Path, roomy: str) -> None:
     assert found["tokens"] == 20 and found["windows"] == 2 and found["context_tokens"] == 16
     assert found["text_sha256"] == hashlib.sha256(TEXT.encode()).hexdigest()
     assert 1 < found["perplexity"] < 4096 and 0 < found["hit_rate"] < 1
-    plain = verbs(*arguments, "--memory", roomy, "--threads", 1)
+    plain = verbs(*arguments, "--memory", ample_memory, "--threads", 1)
     assert plain.exit_code == 0, plain.stderr
     assert plain.stdout == f"{found['perplexity']:.4f}\n" and "2 windows" in plain.stderr
 
