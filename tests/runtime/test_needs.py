@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,6 +15,7 @@ import torch
 from swapless.runtime.dry import CacheSize
 from swapless.runtime.needs import Call, Needs, call_of
 
+ROOT = Path(__file__).parents[2]
 NEEDS = Needs(((64, 100), (256, 500), (1024, 6500)), step_bytes=50, logits_row_bytes=7, cache=CacheSize(10, 3))
 
 
@@ -66,45 +71,60 @@ def test_the_cache_grows_by_tokens_and_windows_keep_their_last() -> None:
 
 
 FEW = ("qwen3_moe", "gpt_oss", "deepseek_v3", "granitemoehybrid")
+FORESEEN_AND_HELD = """
+import gc
+import sys
+from pathlib import Path
+
+import torch
+
+from swapless.runtime.allocator import give_back, pages_of_their_own
+from swapless.runtime.door import experts_of, part_heads
+from swapless.runtime.dry import dry_run
+from swapless.runtime.hollow import hollow_model
+from swapless.runtime.memory import Spike
+from swapless.runtime.open import open_checkpoint
+from swapless.runtime.rehearsal import rehearse
+from tests.families.tiny import decorated_families, tiny_model
+
+name, folder = sys.argv[1:]
+real = tiny_model(decorated_families()[name])
+real.save_pretrained(folder)
+opened = open_checkpoint(Path(folder))
+hollow = hollow_model(opened)
+part_heads(hollow)
+needs = rehearse(hollow, opened.layout.moe_layers, dry_run(hollow).cache, 256, 1 << 40)
+assert not any("swapless_engine" in vars(module) for _, module in experts_of(hollow)), "left as it was"
+assert needs.prompts[-1][0] == 256 and needs.step_bytes > 0
+assert [nbytes for _, nbytes in needs.prompts] == sorted(nbytes for _, nbytes in needs.prompts)
+part_heads(real)
+real.set_experts_implementation("eager")
+ids = torch.randint(3, 128, (1, 256), generator=torch.Generator().manual_seed(0))
+pages_of_their_own(True)
+with torch.no_grad():
+    real(input_ids=ids, logits_to_keep=1)
+    gc.collect()
+    give_back()
+    with Spike() as spike:
+        real(input_ids=ids, logits_to_keep=1)
+print(needs.prompt_bytes, spike.nbytes)
+"""
 
 
 @pytest.mark.few(2)
 @pytest.mark.parametrize("name", FEW)
-def test_a_model_without_weights_tells_what_the_real_one_holds(name: str, tmp_path: Any) -> None:
-    """Of random tokens in a real model with all its products; what oneDNN keeps of those is another part of the budget."""
-    import gc
+def test_a_model_without_weights_tells_what_the_real_one_holds(name: str, tmp_path: Path) -> None:
+    """Of random tokens in a real model with all its products; what oneDNN keeps of those is another part of the budget.
 
-    from swapless.runtime.allocator import give_back, pages_of_their_own
-    from swapless.runtime.door import experts_of, part_heads
-    from swapless.runtime.dry import dry_run
-    from swapless.runtime.hollow import hollow_model
-    from swapless.runtime.memory import Spike
-    from swapless.runtime.open import open_checkpoint
-    from swapless.runtime.rehearsal import rehearse
-    from tests.families.tiny import decorated_families, tiny_model
-
-    real = tiny_model(decorated_families()[name])
-    real.save_pretrained(tmp_path)
-    opened = open_checkpoint(tmp_path)
-    hollow = hollow_model(opened)
-    part_heads(hollow)
-    needs = rehearse(hollow, opened.layout.moe_layers, dry_run(hollow).cache, 256, 1 << 40)
-    assert not any("swapless_engine" in vars(module) for _, module in experts_of(hollow)), "left as it was"
-    assert needs.prompts[-1][0] == 256 and needs.step_bytes > 0
-    assert [nbytes for _, nbytes in needs.prompts] == sorted(nbytes for _, nbytes in needs.prompts)
-    part_heads(real)
-    real.set_experts_implementation("eager")
-    ids = torch.randint(3, 128, (1, 256), generator=torch.Generator().manual_seed(0))
-    pages_of_their_own(True)
-    with torch.no_grad():
-        real(input_ids=ids, logits_to_keep=1)
-        gc.collect()
-        give_back()
-        with Spike() as spike:
-            real(input_ids=ids, logits_to_keep=1)
-    pages_of_their_own(False)
-    assert spike.nbytes <= needs.prompt_bytes + (3 << 20), "within what the allocator leaves lying about"
-    assert needs.prompt_bytes <= 2 * spike.nbytes + (3 << 20)
+    In a process of its own: in one that ran a thousand tests before, pages lie half free wherever those tests left them.
+    """
+    own = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    command = [sys.executable, "-c", FORESEEN_AND_HELD, name, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=own)
+    assert done.returncode == 0, done.stderr
+    foreseen, held = map(int, done.stdout.split())
+    assert held <= foreseen + (2 << 20), "within what the allocator leaves lying about"
+    assert foreseen <= 2 * held + (2 << 20)
 
 
 def test_code_that_is_mapped_on_the_way_is_no_part_of_a_prompt(tmp_path: Any) -> None:
