@@ -182,7 +182,7 @@ def test_a_recall_is_a_share(opened: Any) -> None:
 
 @pytest.mark.slow
 def test_a_longer_context_takes_slots(opened: Any, roomy: Any) -> None:
-    memory = roomy.set_ups[0].needs_bytes + 4 * MIB
+    memory = roomy.set_ups[0].needs_bytes + 64 * MIB
     assert planned(opened, memory, context=512).set_ups[0].needs_bytes > roomy.set_ups[0].needs_bytes
 
 
