@@ -32,7 +32,7 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
     def call(repositories: dict[str, Path | str], **options: Any) -> Hub:
         hub = Hub(repositories, **options)
-        threading.Thread(target=hub.serve_forever, daemon=True).start()
+        threading.Thread(target=hub.serve_forever, args=(0.02,), daemon=True).start()
         running.append(hub)
         return hub
 

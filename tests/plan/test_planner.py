@@ -80,6 +80,7 @@ def test_the_lossless_line_has_the_slots_that_load_gives(opened: Any, checkpoint
     assert found.commands == (f"swapless run owner/model --memory {memory}B --context 256 --prompt ...",)
 
 
+@pytest.mark.slow
 def test_set_ups_and_recommendations(roomy: Any) -> None:
     assert [(row.bits, row.dense_bits) for row in roomy.set_ups] == list(PRECISIONS)
     assert all(row.hit_rate == 1 and row.speed.bytes_a_token == 0 for row in roomy.set_ups), "nothing to read ahead either"

@@ -111,7 +111,7 @@ print(needs.prompt_bytes, spike.nbytes)
 """
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", FEW)
 def test_a_model_without_weights_tells_what_the_real_one_holds(name: str, tmp_path: Path) -> None:
     """Of random tokens in a real model with all its products; what oneDNN keeps of those is another part of the budget.
