@@ -100,6 +100,7 @@ MADE = {
 }
 
 
+@pytest.mark.few(7)
 @pytest.mark.parametrize("request_model", ["token", "single"])
 @pytest.mark.parametrize("name", MADE)
 def test_it_is_nowhere_below_lru(name, request_model):

@@ -112,6 +112,7 @@ def test_measured_kept_and_measured_anew(tmp_path: Path) -> None:
     assert machine(folder=tmp_path, fresh=True, crowd=Crowd(**quiet)) != again
 
 
+@pytest.mark.slow
 def test_the_disk_is_probed_at_several_sizes(tmp_path: Path) -> None:
     found = probe_disk(tmp_path)
     assert [probe.block_bytes for probe in found] == [1 << 18, 1 << 20, 1 << 22]

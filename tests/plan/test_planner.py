@@ -48,6 +48,7 @@ def least(large: Any) -> int:
     return int(str(refused.value).split("(")[2].split(" bytes")[0])
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("bits, dense", [(16, 8), (8, 16), (8, 8), (4, 16), (4, 8), (4, 4)])
 def test_a_store_that_is_not_there_is_as_large_as_the_real_one(
     bits: int, dense: int, opened: Any, checkpoint: Path, tmp_path: Path

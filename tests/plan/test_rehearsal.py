@@ -87,6 +87,7 @@ def test_as_many_experts_are_missed_as_asked(bits: int, hollow: HollowRun, opene
     assert traffic.closed and threading.active_count() == before
 
 
+@pytest.mark.slow
 def test_ahead_is_read_what_is_foreseen_and_some_in_vain(hollow: HollowRun, opened: Any) -> None:
     misses = np.zeros(hollow.top_k + 1)
     misses[2] = 1

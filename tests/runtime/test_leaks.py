@@ -178,7 +178,7 @@ def files_of_a_load() -> set[str]:
     return {str(module.__file__) for module in (engine, fetch, loader, memory, model, parts, pool, checkpoint, probe, read)}
 
 
-@pytest.mark.parametrize("points", [4, pytest.param(150, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("points", [2, pytest.param(150, marks=pytest.mark.slow)])
 def test_ctrl_c_at_any_line_of_a_load_leaves_nothing(points: int, olmoe: Path) -> None:
     files = files_of_a_load()
     lines = lines_of_a_load(olmoe, files)

@@ -129,6 +129,7 @@ class Stopped(Exception):
     pass
 
 
+@pytest.mark.slow
 def test_a_run_stopped_anywhere_goes_on_to_the_same_bytes(packed: Path, tmp_path: Path) -> None:
     whole = contents(packed)
     calls: list[str] = []
