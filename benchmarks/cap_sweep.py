@@ -84,7 +84,10 @@ SIZES: dict[str, Any] = {
 }
 """In place of the common sizes of the tests' tiny models."""
 
-OWN: dict[str, dict[str, Any]] = {"granitemoehybrid": {"mamba_n_heads": 32}}
+OWN: dict[str, dict[str, Any]] = {
+    "granitemoehybrid": {"mamba_n_heads": 32},
+    "gemma4": {"vocab_size_per_layer_input": 8192},
+}
 """What has to fit these sizes in a family."""
 
 LONG: dict[str, Any] = {

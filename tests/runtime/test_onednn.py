@@ -47,6 +47,38 @@ def test_products_of_many_shapes_take_no_more_memory_than_those_of_some() -> Non
     assert more < 24, "what is new takes the place of what is old"
 
 
+FORESEEN = """
+import torch
+import torch.nn.functional as F
+
+import swapless
+from swapless.runtime.allocator import pages_of_their_own
+from swapless.runtime.memory import MemoryMeter
+from swapless.runtime.product_code import product_code_bytes
+
+torch.set_num_threads(1)
+foreseen = product_code_bytes(torch.bfloat16, 1024, 256, 4096)
+weight, values = torch.zeros(1024, 256, dtype=torch.bfloat16), torch.zeros(1000, 256, dtype=torch.bfloat16)
+pages_of_their_own(True)
+meter = MemoryMeter()
+with torch.no_grad():
+    F.linear(values, weight)
+    before = meter.anonymous_bytes()
+    for rows in range(500, 1000):
+        F.linear(values[:rows], weight)
+print(foreseen, meter.anonymous_bytes() - before)
+"""
+
+
+@pytest.mark.slow
+def test_a_budget_holds_what_products_of_many_shapes_come_to() -> None:
+    done = subprocess.run([sys.executable, "-c", FORESEEN], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    foreseen, held = map(int, done.stdout.split())
+    assert held <= foreseen + (8 << 20), "some were there already"
+    assert foreseen <= 2 * held + (16 << 20)
+
+
 def test_what_the_environment_says_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     from swapless import onednn
 

@@ -64,7 +64,7 @@ def forecast(
     wide = max(
         ((ref.shape[0], ref.shape[1]) for ref in _matrices(opened)), key=lambda shape: shape[0] * shape[1], default=(64, 64)
     )
-    code = product_code_bytes(opened.layout.dtype, *wide)
+    code = product_code_bytes(opened.layout.dtype, *wide, context_tokens)
     return Forecast(trial.needs, trial.top_k, code, trial.modules, _converting(opened))
 
 

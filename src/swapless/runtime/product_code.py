@@ -8,40 +8,51 @@ import torch
 import torch.nn.functional as F
 
 from swapless import onednn
+from swapless.runtime.allocator import give_back, pages_of_their_own
 from swapless.runtime.memory import MemoryMeter
 
-_TRIED = 8
+_TRIED = 4
 _COUNTS_FROM = 32 << 10
 """Less code than this a shape is none: what differs is the allocator's."""
 _GRAIN = 64 << 10
-"""Rounded to whole ones of these: two processes that measure the same should come to the same."""
+"""Rounded up to whole ones of these: two processes that measure the same should come to the same."""
+_MOST_ROWS = 1024
+"""More rows leave no more behind."""
+_MOST_WIDE = 2048
+"""More columns do, but to try them takes seconds; where matrices are that wide, a few such products are a small part of a budget,
+and slots lend what is missing."""
 
-_of_shape: dict[tuple[torch.dtype, int, int], int] = {}
+_of_shape: dict[tuple[torch.dtype, int, int, int], int] = {}
 
 
-def product_code_bytes(dtype: torch.dtype, outputs: int, inputs: int) -> int:
-    """The most that the code of products by matrices like (outputs, inputs) may come to take in this process.
+def product_code_bytes(dtype: torch.dtype, outputs: int, inputs: int, rows: int) -> int:
+    """The most that the code of products of up to ``rows`` rows by matrices like (outputs, inputs) may take in this process.
 
-    As much for every shape that is kept as the larger ones of a few take; 0 where products of this type leave nothing behind.
+    As much for every shape that is kept as a few of the tallest take on average: code for a thousand rows takes twice as
+    much as code for a hundred. 0 where products of this type leave nothing behind.
     """
-    key = dtype, outputs, inputs
+    key = dtype, min(outputs, _MOST_WIDE), min(inputs, _MOST_WIDE), max(_TRIED + 1, min(rows, _MOST_ROWS))
     if key not in _of_shape:
-        _of_shape[key] = _measured(dtype, outputs, inputs)
+        _of_shape[key] = _measured(*key)
     return _of_shape[key] * onednn.kept()
 
 
-def _measured(dtype: torch.dtype, outputs: int, inputs: int) -> int:
+def _measured(dtype: torch.dtype, outputs: int, inputs: int, rows: int) -> int:
     if dtype == torch.float32:
         return 0
     meter = MemoryMeter()
-    weight, rows = torch.zeros(outputs, inputs, dtype=dtype), torch.zeros(5 * _TRIED, inputs, dtype=dtype)
-    with torch.no_grad():
-        F.linear(rows[:1], weight)
-        held = [meter.anonymous_bytes()]
-        for count in range(2, 2 + _TRIED):
-            F.linear(rows[: 4 * count], weight)
-            held.append(meter.anonymous_bytes())
-        taken = sorted(after - before for before, after in itertools.pairwise(held))
-    grown = taken[-2]  # now and then the allocator takes much more at once
-    meter.close()
-    return round(grown / _GRAIN) * _GRAIN if grown >= _COUNTS_FROM else 0
+    weight, values = torch.zeros(outputs, inputs, dtype=dtype), torch.zeros(rows, inputs, dtype=dtype)
+    pages_of_their_own(True)  # else what is measured is also what the allocator had left over
+    try:
+        with torch.no_grad():
+            F.linear(values, weight)
+            give_back()
+            held = [meter.anonymous_bytes()]
+            for fewer in range(1, 1 + _TRIED):
+                F.linear(values[:-fewer], weight)
+                held.append(meter.anonymous_bytes())
+    finally:
+        pages_of_their_own(False)
+        meter.close()
+    grown = sum(max(0, after - before) for before, after in itertools.pairwise(held)) // _TRIED
+    return -(-grown // _GRAIN) * _GRAIN if grown >= _COUNTS_FROM else 0
