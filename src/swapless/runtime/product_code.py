@@ -19,8 +19,7 @@ _GRAIN = 64 << 10
 _MOST_ROWS = 1024
 """More rows leave no more behind."""
 _MOST_WIDE = 2048
-"""More columns do, but to try them takes seconds; where matrices are that wide, a few such products are a small part of a budget,
-and slots lend what is missing."""
+"""More columns do, but to try them takes seconds. Where matrices are that wide a budget is large, and slots lend the rest."""
 
 _of_shape: dict[tuple[torch.dtype, int, int, int], int] = {}
 
