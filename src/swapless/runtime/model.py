@@ -54,7 +54,7 @@ from swapless.units import parse_share, parse_size
 _AUTO_SHARE = 0.8
 """Of what is available, the part that ``memory="auto"`` takes."""
 
-_DIFFER_BYTES = 6 << 20
+_DIFFER_BYTES = 8 << 20
 """What the kernel's figures of two processes that do the same differ by."""
 
 _SELDOM = ("prediction", "code")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import statistics
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +12,7 @@ from swapless import onednn
 from swapless.runtime.allocator import give_back, pages_of_their_own
 from swapless.runtime.memory import MemoryMeter
 
-_TRIED = 4
+_TRIED = 7
 _COUNTS_FROM = 32 << 10
 """Less code than this a shape is none: what differs is the allocator's."""
 _GRAIN = 64 << 10
@@ -27,7 +28,7 @@ _of_shape: dict[tuple[torch.dtype, int, int, int], int] = {}
 def product_code_bytes(dtype: torch.dtype, outputs: int, inputs: int, rows: int) -> int:
     """The most that the code of products of up to ``rows`` rows by matrices like (outputs, inputs) may take in this process.
 
-    As much for every shape that is kept as a few of the tallest take on average: code for a thousand rows takes twice as
+    As much for every shape that is kept as a usual one of the tallest takes: code for a thousand rows takes twice as
     much as code for a hundred. 0 where products of this type leave nothing behind.
     """
     key = dtype, min(outputs, _MOST_WIDE), min(inputs, _MOST_WIDE), max(_TRIED + 1, min(rows, _MOST_ROWS))
@@ -53,5 +54,5 @@ def _measured(dtype: torch.dtype, outputs: int, inputs: int, rows: int) -> int:
     finally:
         pages_of_their_own(False)
         meter.close()
-    grown = sum(max(0, after - before) for before, after in itertools.pairwise(held)) // _TRIED
+    grown = statistics.median_low(after - before for before, after in itertools.pairwise(held))
     return -(-grown // _GRAIN) * _GRAIN if grown >= _COUNTS_FROM else 0
