@@ -19,7 +19,7 @@ from cgroup import CgroupUnavailableError, memory_cgroup, run_capped  # noqa: E4
 
 pytestmark = pytest.mark.slow
 
-CAP_BYTES = 510_000_000
+CAP_BYTES = 560_000_000
 BUDGET_BYTES = CAP_BYTES - 5_000_000
 PROMPT_TOKENS, WARM_UP_TOKENS, DECODE_TOKENS = 8, 2, 16
 
