@@ -27,6 +27,11 @@ SLACK_BYTES = 12 << 20
 """Left free: allocator fragments, the interpreter's own growth while generating, text and tokens of the user."""
 
 
+def prompt_slack(prompt_bytes: int) -> int:
+    """Left free besides, for what two trials of the same prompt differ by."""
+    return prompt_bytes // 32
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Budget:
     """Where the bytes go. ``parts`` sum to at most ``total_bytes``; ``floor_bytes`` is the smallest total that works.
@@ -116,7 +121,7 @@ def plan_budget(
         The budget is below its floor: the fixed parts, and either one slot, the staging slots and those for reading ahead, or
         the staging slots and what a prompt holds, whichever is more.
     """
-    fixed = {"slack": SLACK_BYTES} | dict(fixed_parts)
+    fixed = {"slack": SLACK_BYTES + prompt_slack(prompt_bytes)} | dict(fixed_parts)
     fixed_bytes = sum(fixed.values())
     staging = min(STAGING_SLOTS, num_experts_total)
     needed = staging + (0 if ahead_if_worth else ahead_slots)

@@ -57,14 +57,15 @@ def forecast(
     Once for each model, context and attention: figures of the kernel are never the same twice, and a floor is one number. What
     holds more than ``budget_bytes``, or than four GiB where that is less, is not tried but foreseen, from shorter prompts.
     """
+    wide = max(
+        ((ref.shape[0], ref.shape[1]) for ref in _matrices(opened)), key=lambda shape: shape[0] * shape[1], default=(64, 64)
+    )
+    # Before the trial, which leaves the heap in another state each time.
+    code = product_code_bytes(opened.layout.dtype, *wide, context_tokens)
     key = opened.cls, opened.config.to_json_string(), opened.layout.dtype, opened.bits, context_tokens, attn_implementation
     trial = _trials.get(key) or _tried(opened, context_tokens, attn_implementation, max(_MOST_BYTES, budget_bytes or 0))
     if trial.needs.tried:
         _trials[key] = trial
-    wide = max(
-        ((ref.shape[0], ref.shape[1]) for ref in _matrices(opened)), key=lambda shape: shape[0] * shape[1], default=(64, 64)
-    )
-    code = product_code_bytes(opened.layout.dtype, *wide, context_tokens)
     return Forecast(trial.needs, trial.top_k, code, trial.modules, _converting(opened))
 
 
