@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,8 +11,8 @@ import torch
 
 from swapless.runtime.dry import CacheSize
 from swapless.runtime.needs import Call, Needs, call_of
+from tests.fresh import numbers_of
 
-ROOT = Path(__file__).parents[2]
 NEEDS = Needs(((64, 100), (256, 500), (1024, 6500)), step_bytes=50, logits_row_bytes=7, cache=CacheSize(10, 3))
 
 
@@ -114,15 +111,8 @@ print(needs.prompt_bytes, spike.nbytes)
 @pytest.mark.few(1)
 @pytest.mark.parametrize("name", FEW)
 def test_a_model_without_weights_tells_what_the_real_one_holds(name: str, tmp_path: Path) -> None:
-    """Of random tokens in a real model with all its products; what oneDNN keeps of those is another part of the budget.
-
-    In a process of its own: in one that ran a thousand tests before, pages lie half free wherever those tests left them.
-    """
-    own = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    command = [sys.executable, "-c", FORESEEN_AND_HELD, name, str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=own)
-    assert done.returncode == 0, done.stderr
-    foreseen, held = map(int, done.stdout.split())
+    """Of random tokens in a real model with all its products; what oneDNN keeps of those is another part of the budget."""
+    foreseen, held = numbers_of(FORESEEN_AND_HELD, name, str(tmp_path))
     assert held <= foreseen + (2 << 20), "within what the allocator leaves lying about"
     assert foreseen <= 2 * held + (2 << 20)
 

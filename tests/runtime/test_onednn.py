@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.fresh import numbers_of
+
 SHAPES = 500
 PROGRAM = f"""
 import torch
@@ -72,9 +74,7 @@ print(foreseen, meter.anonymous_bytes() - before)
 
 @pytest.mark.slow
 def test_a_budget_holds_what_products_of_many_shapes_come_to() -> None:
-    done = subprocess.run([sys.executable, "-c", FORESEEN], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    foreseen, held = map(int, done.stdout.split())
+    foreseen, held = numbers_of(FORESEEN)
     assert held <= foreseen + (8 << 20), "some were there already"
     assert foreseen <= 2 * held + (16 << 20)
 

@@ -26,10 +26,8 @@ VIEWS_BYTES = 2560
 SLACK_BYTES = 12 << 20
 """Left free: allocator fragments, the interpreter's own growth while generating, text and tokens of the user."""
 
-
-def prompt_slack(prompt_bytes: int) -> int:
-    """Left free besides, for what two trials of the same prompt differ by."""
-    return prompt_bytes // 32
+_TRIALS_DIFFER = 32
+"""One part in so many of what a prompt holds is left free besides: two trials of the same prompt differ by that."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,7 +119,7 @@ def plan_budget(
         The budget is below its floor: the fixed parts, and either one slot, the staging slots and those for reading ahead, or
         the staging slots and what a prompt holds, whichever is more.
     """
-    fixed = {"slack": SLACK_BYTES + prompt_slack(prompt_bytes)} | dict(fixed_parts)
+    fixed = {"slack": SLACK_BYTES + prompt_bytes // _TRIALS_DIFFER} | dict(fixed_parts)
     fixed_bytes = sum(fixed.values())
     staging = min(STAGING_SLOTS, num_experts_total)
     needed = staging + (0 if ahead_if_worth else ahead_slots)

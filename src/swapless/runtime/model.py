@@ -21,7 +21,7 @@ from swapless.errors import BudgetError, CheckpointCorruptError, UsageError, mes
 from swapless.notation import Phase
 from swapless.runtime.ahead import Lookahead
 from swapless.runtime.allocator import give_back
-from swapless.runtime.budget import SLACK_BYTES, Budget, plan_budget, prompt_slack
+from swapless.runtime.budget import SLACK_BYTES, Budget, plan_budget
 from swapless.runtime.compute import Experts
 from swapless.runtime.door import (
     experts_of,
@@ -218,10 +218,9 @@ def _load(
     come = parts_to_come(opened, chosen, found, context_tokens, max(DEPTHS) * store.bounce_bytes)
     divide = partial(plan_budget, total_bytes=total_bytes, resident_share=share, prompt_bytes=found.needs.prompt_bytes, **shape)
 
-    def hope(less_bytes: int = 0) -> Budget:
-        slack_bytes = SLACK_BYTES + prompt_slack(found.needs.prompt_bytes) - less_bytes
+    def hope(**parts: int) -> Budget:
         least_bytes = max(meter.anonymous_peak_bytes(), sum(fixed.values()) + found.converting_bytes)
-        return divide(fixed_parts=fixed | come | {"slack": slack_bytes}, least_bytes=least_bytes)
+        return divide(fixed_parts=fixed | come | parts, least_bytes=least_bytes)
 
     # The smallest budget is this one, whatever is found out later: refused here or not at all.
     hoped: Budget | None = None
@@ -235,7 +234,7 @@ def _load(
         except BudgetError:
             # The same floor as another process named, but for what measurements differ by.
             with suppress(BudgetError):
-                hoped = hope(_DIFFER_BYTES + prompt_slack(found.needs.prompt_bytes))
+                hoped = hope(slack=SLACK_BYTES - _DIFFER_BYTES)
             if hoped is None:
                 raise
 
